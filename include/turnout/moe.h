@@ -1,0 +1,138 @@
+// MoE layer: gate, router, plan, experts and losses in one module that stands in for a feed-forward block.
+#pragma once
+
+#include <turnout/balance.h>
+#include <turnout/combine.h>
+#include <turnout/experts.h>
+#include <turnout/plan.h>
+#include <turnout/router.h>
+
+#include <torch/nn/module.h>
+#include <torch/nn/modules/container/any.h>
+#include <torch/nn/modules/linear.h>
+#include <torch/nn/pimpl.h>
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace turnout {
+
+/// A dense feed-forward block: the twin of an MoE layer, and its shared expert.
+struct FeedForwardOptions {
+  int64_t hidden = 0;
+  int64_t ffn = 0;
+  Activation activation = Activation::gelu;
+  bool bias = true;
+};
+
+class FeedForwardImpl : public torch::nn::Module {
+ public:
+  /// Weights uniform in ±1/√fan_in, as torch::nn::Linear draws them.
+  /// @throws c10::ValueError for sizes below 1
+  explicit FeedForwardImpl(FeedForwardOptions options);
+  /// x [..., hidden] → the same shape
+  at::Tensor forward(const at::Tensor& x);
+
+  const FeedForwardOptions options;
+  at::Tensor up;         ///< [U, hidden]
+  at::Tensor down;       ///< [hidden, ffn]
+  at::Tensor up_bias;    ///< [U], or undefined
+  at::Tensor down_bias;  ///< [hidden], or undefined
+};
+TORCH_MODULE(FeedForward);
+
+/// What experts of any kind do: make tokens of tokens, following a plan.
+class ExpertsModule : public torch::nn::Module {
+ public:
+  /// x [tokens, hidden], topk_weights [tokens, top_k] → [tokens, hidden]
+  virtual at::Tensor forward(const at::Tensor& x, const at::Tensor& topk_weights, const DispatchPlan& plan) = 0;
+  virtual int64_t num_experts() const = 0;
+};
+
+/// Feed-forward experts whose weights stand in one bank a matrix; runs as one fused op.
+class FeedForwardBankImpl : public ExpertsModule {
+ public:
+  /// @throws c10::ValueError for sizes below 1
+  FeedForwardBankImpl(FeedForwardOptions options, int64_t num_experts);
+  at::Tensor forward(const at::Tensor& x, const at::Tensor& topk_weights, const DispatchPlan& plan) override;
+  int64_t num_experts() const override { return up.size(0); }
+  ExpertWeights weights() const;
+
+  const FeedForwardOptions options;
+  at::Tensor up;         ///< [experts, U, hidden]
+  at::Tensor down;       ///< [experts, hidden, ffn]
+  at::Tensor up_bias;    ///< [experts, U], or undefined
+  at::Tensor down_bias;  ///< [experts, hidden], or undefined
+};
+TORCH_MODULE(FeedForwardBank);
+
+/// Experts that are any modules with Tensor forward(Tensor), each called once on its rows, also on none, so that
+/// every parameter gets a gradient.
+class ModuleExpertsImpl : public ExpertsModule {
+ public:
+  explicit ModuleExpertsImpl(std::vector<torch::nn::AnyModule> experts);
+  at::Tensor forward(const at::Tensor& x, const at::Tensor& topk_weights, const DispatchPlan& plan) override;
+  int64_t num_experts() const override { return static_cast<int64_t>(experts_.size()); }
+
+ private:
+  std::vector<torch::nn::AnyModule> experts_;
+};
+TORCH_MODULE(ModuleExperts);
+
+struct MoEOptions {
+  int64_t hidden = 0;
+  int64_t ffn = 0;  ///< width of one expert
+  int64_t num_experts = 0;
+  int64_t top_k = 2;
+  Activation activation = Activation::gelu;
+  bool bias = true;        ///< of the experts
+  bool gate_bias = false;
+  RouterWeights router_weights = RouterWeights::normalized;
+  CapacityOptions capacity{};
+  LoadCount load_count = LoadCount::per_assignment;
+  double balance_coefficient = 1e-2;  ///< 0: the loss is not computed
+  double z_coefficient = 0.0;         ///< 0: the loss is not computed
+};
+
+/// One forward of an MoE layer: the output, the loss to add, and everything that led there.
+struct MoEOutput {
+  at::Tensor output;    ///< x's shape and type
+  at::Tensor aux_loss;  ///< scalar: coefficient · balance_loss + coefficient · z_loss
+  Routing routing;      ///< after capacity
+  DispatchPlan plan;
+  at::Tensor dropped;   ///< scalar int64: choices that found no place; their tokens get zero from that expert
+};
+
+class MoEImpl : public torch::nn::Module {
+ public:
+  /// A gate without bias (options.gate_bias) and a bank of feed-forward experts.
+  /// @throws c10::ValueError naming the option, for sizes below 1, top_k > num_experts, negative coefficients
+  explicit MoEImpl(MoEOptions options);
+  /// Any gate with Tensor forward(Tensor) to [tokens, experts], any experts; hidden, ffn, activation and bias of the
+  /// options are not read.
+  MoEImpl(MoEOptions options, torch::nn::AnyModule gate, std::shared_ptr<ExpertsModule> experts);
+
+  /// x [..., hidden]; for capacity per sequence [..., sequence, hidden]. No tokens: an empty output, losses of 0.
+  MoEOutput forward(const at::Tensor& x);
+
+  const MoEOptions options;
+  torch::nn::AnyModule gate;
+  std::shared_ptr<ExpertsModule> experts;
+};
+TORCH_MODULE(MoE);
+
+/// y = α · dense(x) + (1 − α) · moe(x): a dense block blended with an MoE layer (seed 003).
+class HybridImpl : public torch::nn::Module {
+ public:
+  /// @throws c10::ValueError when alpha is outside of [0, 1]
+  HybridImpl(FeedForward dense, MoE moe, double alpha);
+  MoEOutput forward(const at::Tensor& x);
+
+  const double alpha;
+  FeedForward dense;
+  MoE moe;
+};
+TORCH_MODULE(Hybrid);
+
+}  // namespace turnout

@@ -1,0 +1,59 @@
+// Schemas of every op, in one place. C++, Python and the program call these; the folders beside this file hold the
+// registrations: cpu/ the kernels, aten/ the path for any device, meta/ shapes, autograd/ and autocast/.
+//
+// A bank of weights is a list of one tensor with a leading experts axis; separate experts are a list of one tensor
+// each. Words (weights, order, activation, …) are the names of the enumerators in include/turnout/.
+#include <torch/library.h>
+
+TORCH_LIBRARY(turnout, m) {
+  // router
+  m.def("topk(Tensor scores, int top_k) -> Tensor");
+  m.def(
+      "route(Tensor logits, int top_k, str weights='normalized', float epsilon=0.0)"
+      " -> (Tensor topk_ids, Tensor topk_weights, Tensor scores)");
+  m.def(
+      "route_top2(Tensor logits, str policy='random', float threshold=0.2, float epsilon=1e-9,"
+      " Tensor? importance=None, Tensor? uniform=None)"
+      " -> (Tensor topk_ids, Tensor topk_weights, Tensor scores, Tensor balance_loss)");
+  // balance
+  m.def(
+      "balance_loss(Tensor scores, Tensor topk_ids, str count='per_assignment', SymInt group_size=0) -> Tensor");
+  m.def("z_loss(Tensor logits) -> Tensor");
+  // plan
+  m.def(
+      "plan(Tensor topk_ids, int num_experts)"
+      " -> (Tensor expert_offsets, Tensor token_of_row, Tensor row_of_choice)");
+  m.def(
+      "queue_positions(Tensor topk_ids, int num_experts, SymInt group_size, str order='choice',"
+      " Tensor? priority=None) -> Tensor");
+  m.def(
+      "limit_capacity(Tensor topk_ids, Tensor topk_weights, int num_experts, SymInt capacity, SymInt group_size,"
+      " str order='choice', bool renormalize=False)"
+      " -> (Tensor topk_ids, Tensor topk_weights, Tensor dropped)");
+  m.def(
+      "expert_capacity(float factor, int fixed, int minimum, str rounding, bool count_choices, int group_tokens,"
+      " int top_k, int num_experts) -> int");
+  // dispatch and combine
+  m.def("dispatch(Tensor x, Tensor token_of_row, Tensor row_of_choice) -> Tensor");
+  m.def("combine(Tensor rows, Tensor topk_weights, Tensor token_of_row, Tensor row_of_choice) -> Tensor");
+  // experts
+  m.def(
+      "experts(Tensor x, Tensor topk_weights, Tensor expert_offsets, Tensor token_of_row, Tensor row_of_choice,"
+      " Tensor[] up, Tensor[] down, Tensor[] up_bias, Tensor[] down_bias, str activation, bool recompute=False)"
+      " -> Tensor");
+  m.def(
+      "experts_forward(Tensor x, Tensor topk_weights, Tensor expert_offsets, Tensor token_of_row,"
+      " Tensor row_of_choice, Tensor[] up, Tensor[] down, Tensor[] up_bias, Tensor[] down_bias, str activation,"
+      " bool keep) -> (Tensor y, Tensor preactivations)");
+  m.def(
+      "experts_backward(Tensor grad, Tensor x, Tensor topk_weights, Tensor expert_offsets, Tensor token_of_row,"
+      " Tensor row_of_choice, Tensor[] up, Tensor[] down, Tensor[] up_bias, Tensor[] down_bias, str activation,"
+      " Tensor preactivations, bool[6] needs)"
+      " -> (Tensor x, Tensor topk_weights, Tensor[] up, Tensor[] down, Tensor[] up_bias, Tensor[] down_bias)");
+  m.def(
+      "fused_experts(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor[] up, Tensor[] down, Tensor[] up_bias,"
+      " Tensor[] down_bias, str activation, bool recompute=False) -> Tensor");
+  m.def(
+      "feed_forward(Tensor x, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, str activation)"
+      " -> Tensor");
+}
