@@ -106,7 +106,7 @@ class CausalAttentionImpl : public torch::nn::Module {
 
  private:
   int64_t heads_;
-  at::Tensor rotation_;  // [context, 1, 1, hidden / heads / 2] complex64
+  at::Tensor rotation_;  // [context, 1, 1, hidden / heads / 2, 2]: cos and sin; a buffer, not saved
 };
 TORCH_MODULE(CausalAttention);
 
@@ -118,7 +118,7 @@ class TransformerBlockImpl : public torch::nn::Module {
   /// @param report receives what the MoE layer did; none where the block is dense
   at::Tensor forward(const at::Tensor& x, std::optional<MoEOutput>* report = nullptr);
 
-  torch::nn::LayerNorm attention_norm{nullptr};  ///< without bias, as all norms of the model
+  torch::nn::LayerNorm attention_norm{nullptr};
   CausalAttention attention{nullptr};
   torch::nn::LayerNorm feed_forward_norm{nullptr};
   FeedForward dense{nullptr};  ///< one of these three holds a module

@@ -32,8 +32,8 @@ at::Tensor queue_positions_symint(const at::Tensor& topk_ids, int64_t num_expert
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> limit_capacity_symint(const at::Tensor& topk_ids,
                                                                      const at::Tensor& topk_weights,
-                                                                     int64_t num_experts, const c10::SymInt& capacity,
-                                                                     const c10::SymInt& group_size,
+                                                                     int64_t num_experts, c10::SymInt capacity,
+                                                                     c10::SymInt group_size,
                                                                      c10::string_view order, bool renormalize) {
   constexpr const char* kOp = "turnout::limit_capacity";
   ops::check_dim(kOp, "topk_ids", topk_ids, 2, "[tokens, top_k]");

@@ -22,7 +22,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_meta(const at::Tensor& topk_
           at::empty_symint(topk_ids.sym_sizes(), options)};
 }
 
-at::Tensor queue_positions_meta(const at::Tensor& topk_ids, int64_t num_experts, const c10::SymInt& group_size,
+at::Tensor queue_positions_meta(const at::Tensor& topk_ids, int64_t num_experts, c10::SymInt group_size,
                                 c10::string_view order, const std::optional<at::Tensor>& priority) {
   check_queue(topk_ids, num_experts, group_size, order, priority);
   return at::empty_symint(topk_ids.sym_sizes(), topk_ids.options().dtype(at::kLong));

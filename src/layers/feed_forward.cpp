@@ -1,0 +1,65 @@
+// Feed-forward blocks: one dense, and a bank of many. Parameters and their initial values; the maths is in ops.
+#include <turnout/moe.h>
+
+#include "../ops/checks.h"
+
+#include <torch/nn/init.h>
+
+#include <cmath>
+
+namespace turnout {
+namespace {
+
+// Uniform in ±1/√fan_in, as torch::nn::Linear draws weight and bias.
+at::Tensor draw(at::IntArrayRef shape, int64_t fan_in) {
+  const double bound = 1.0 / std::sqrt(static_cast<double>(fan_in));
+  return torch::nn::init::uniform_(torch::empty(shape), -bound, bound);
+}
+
+void check(const char* name, const FeedForwardOptions& options) {
+  ops::check_at_least(name, "hidden", options.hidden, 1);
+  ops::check_at_least(name, "ffn", options.ffn, 1);
+}
+
+int64_t up_rows(const FeedForwardOptions& options) { return is_gated(options.activation) ? 2 * options.ffn : options.ffn; }
+
+}  // namespace
+
+FeedForwardImpl::FeedForwardImpl(FeedForwardOptions given) : options(given) {
+  check("turnout::FeedForward", options);
+  up = register_parameter("up", draw({up_rows(options), options.hidden}, options.hidden));
+  down = register_parameter("down", draw({options.hidden, options.ffn}, options.ffn));
+  if (!options.bias) return;
+  up_bias = register_parameter("up_bias", draw({up_rows(options)}, options.hidden));
+  down_bias = register_parameter("down_bias", draw({options.hidden}, options.ffn));
+}
+
+at::Tensor FeedForwardImpl::forward(const at::Tensor& x) {
+  return feed_forward(x, up, down, options.activation, up_bias, down_bias);
+}
+
+FeedForwardBankImpl::FeedForwardBankImpl(FeedForwardOptions given, int64_t num_experts) : options(given) {
+  check("turnout::FeedForwardBank", options);
+  ops::check_at_least("turnout::FeedForwardBank", "num_experts", num_experts, 1);
+  up = register_parameter("up", draw({num_experts, up_rows(options), options.hidden}, options.hidden));
+  down = register_parameter("down", draw({num_experts, options.hidden, options.ffn}, options.ffn));
+  if (!options.bias) return;
+  up_bias = register_parameter("up_bias", draw({num_experts, up_rows(options)}, options.hidden));
+  down_bias = register_parameter("down_bias", draw({num_experts, options.hidden}, options.ffn));
+}
+
+ExpertWeights FeedForwardBankImpl::weights() const {
+  ExpertWeights weights{{up}, {down}};
+  if (options.bias) {
+    weights.up_bias = {up_bias};
+    weights.down_bias = {down_bias};
+  }
+  return weights;
+}
+
+at::Tensor FeedForwardBankImpl::forward(const at::Tensor& x, const at::Tensor& topk_weights,
+                                        const DispatchPlan& plan) {
+  return turnout::experts(x, topk_weights, plan, weights(), options.activation);
+}
+
+}  // namespace turnout

@@ -1,0 +1,95 @@
+// The MoE layer: gate → route → capacity → plan → experts, and the losses; and its blend with a dense block.
+#include <turnout/moe.h>
+
+#include "../ops/checks.h"
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+
+namespace turnout {
+namespace {
+
+constexpr const char* kName = "turnout::MoE";
+
+void check(const MoEOptions& options) {
+  ops::check_at_least(kName, "num_experts", options.num_experts, 1);
+  TORCH_CHECK_VALUE(options.top_k >= 1 && options.top_k <= options.num_experts, kName, ": top_k is ", options.top_k,
+                    ", expected 1 to ", options.num_experts, " (num_experts)");
+  for (const auto& [name, value] : {std::pair{"balance_coefficient", options.balance_coefficient},
+                                    {"z_coefficient", options.z_coefficient}})
+    TORCH_CHECK_VALUE(std::isfinite(value) && value >= 0, kName, ": ", name, " is ", value,
+                      ", expected a finite number of at least 0");
+  expert_capacity(options.capacity, 0, options.top_k, options.num_experts);  // throws for impossible options
+}
+
+}  // namespace
+
+MoEImpl::MoEImpl(MoEOptions given) : options(given) {
+  check(options);
+  ops::check_at_least(kName, "hidden", options.hidden, 1);
+  ops::check_at_least(kName, "ffn", options.ffn, 1);
+  const auto linear = torch::nn::LinearOptions(options.hidden, options.num_experts).bias(options.gate_bias);
+  gate = torch::nn::AnyModule(torch::nn::Linear(linear));
+  experts = FeedForwardBank(FeedForwardOptions{options.hidden, options.ffn, options.activation, options.bias},
+                            options.num_experts)
+                .ptr();
+  register_module("gate", gate.ptr());
+  register_module("experts", experts);
+}
+
+MoEImpl::MoEImpl(MoEOptions given, torch::nn::AnyModule given_gate, std::shared_ptr<ExpertsModule> given_experts)
+    : options(given), gate(std::move(given_gate)), experts(std::move(given_experts)) {
+  check(options);
+  TORCH_CHECK_VALUE(experts->num_experts() == options.num_experts, kName, ": experts holds ", experts->num_experts(),
+                    " experts, expected ", options.num_experts, " (num_experts)");
+  register_module("gate", gate.ptr());
+  register_module("experts", experts);
+}
+
+MoEOutput MoEImpl::forward(const at::Tensor& x) {
+  const bool per_sequence = options.capacity.per_sequence && !options.capacity.dropless();
+  const int64_t least = per_sequence ? 2 : 1;
+  TORCH_CHECK_VALUE(x.dim() >= least, kName, ": x has shape ", x.sizes(), ", expected ",
+                    per_sequence ? "[..., sequence, hidden]" : "[..., hidden]");
+  const auto x_TD = x.reshape({-1, x.size(-1)});
+  const auto logits_TE = gate.forward<at::Tensor>(x_TD);
+  ops::check_size(kName, "the gate's output", logits_TE, -1, options.num_experts, "num_experts");
+  auto routing = route(logits_TE, options.top_k, options.router_weights);
+
+  MoEOutput out;
+  out.aux_loss = at::zeros({}, routing.scores.options());
+  if (options.balance_coefficient > 0)
+    out.aux_loss =
+        out.aux_loss + options.balance_coefficient * balance_loss(routing.scores, routing.topk_ids, options.load_count);
+  if (options.z_coefficient > 0) out.aux_loss = out.aux_loss + options.z_coefficient * z_loss(logits_TE);
+
+  out.dropped = at::zeros({}, routing.topk_ids.options());
+  if (!options.capacity.dropless() && x_TD.size(0) > 0) {
+    const auto group = per_sequence ? x.size(-2) : x_TD.size(0);
+    const auto places = expert_capacity(options.capacity, group, options.top_k, options.num_experts);
+    auto capped = limit_capacity(routing, options.num_experts, places, group, options.capacity.order,
+                                 options.capacity.renormalize);
+    routing = std::move(capped.routing);
+    out.dropped = std::move(capped.dropped);
+  }
+  out.plan = plan(routing.topk_ids, options.num_experts);
+  out.output = experts->forward(x_TD, routing.topk_weights, out.plan).reshape(x.sizes());
+  out.routing = std::move(routing);
+  return out;
+}
+
+HybridImpl::HybridImpl(FeedForward given_dense, MoE given_moe, double given_alpha)
+    : alpha(given_alpha), dense(std::move(given_dense)), moe(std::move(given_moe)) {
+  TORCH_CHECK_VALUE(alpha >= 0 && alpha <= 1, "turnout::Hybrid: alpha is ", alpha, ", expected 0 to 1");
+  register_module("dense", dense);
+  register_module("moe", moe);
+}
+
+MoEOutput HybridImpl::forward(const at::Tensor& x) {
+  auto out = moe->forward(x);
+  out.output = alpha * dense->forward(x) + (1 - alpha) * out.output;
+  return out;
+}
+
+}  // namespace turnout
