@@ -1,0 +1,39 @@
+# Turnout's commands: each first sets up and builds what is missing. `make` alone lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup build program compare test sanitize sanitize-kernels format clean
+
+# Starts a recipe in the Python environment of the set-up, which also holds cmake and ninja.
+in_environment = python="$$(scripts/python.sh)"; export PATH="$$(dirname "$$python"):$$PATH";
+configure = $(in_environment) cmake --preset $(1) -DPython_EXECUTABLE="$$python" >/dev/null;
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## make the Python environment and install what the build needs
+	@scripts/setup.sh
+
+build: setup ## build the library, the program and the tests
+	@$(call configure,release) cmake --build --preset release
+
+program: setup ## build the library and the program
+	@$(call configure,release) cmake --build --preset release --target turnout_cli
+
+compare: program ## train a MoE and its dense twin on real text and compare them (ARGS="…" passes options)
+	@build/bin/turnout compare $(ARGS)
+
+test: build sanitize-kernels ## run every test: C++, sanitized kernels, Python, installation
+	@$(in_environment) ctest --preset release; python -m pytest
+
+sanitize: setup ## run the C++ tests with the address and undefined-behaviour sanitizers
+	@$(call configure,asan) cmake --build --preset asan; ctest --preset asan
+
+sanitize-kernels: setup ## the same for the torch-free kernels alone
+	@$(call configure,asan) cmake --build --preset asan --target kernel_tests; ctest --preset asan -R kernel_tests
+
+format: ## format the C++ sources with clang-format
+	@find include src cli tests -name '*.h' -o -name '*.cpp' | xargs clang-format -i
+
+clean: ## remove what was built, but not .venv
+	rm -rf build build-* dist
