@@ -196,6 +196,7 @@ def test_broken_arrows_are_found_with_file_and_line(tmp_path):
 
 def test_undocumented_headers_are_found(tmp_path):
     write(tmp_path, "include/turnout/plan.h",
-          "#pragma once\n#ifdef X\nstruct Bare {\n/// Said.\nstruct Told {\n};\nstruct Fields {\n  int n;  ///< said\n};\nstruct Later;\n")
+          "#pragma once\n#ifdef X\nstruct Bare {\n};\n/// Said.\nstruct Told {\n};\n"
+          "struct Fields {\n  int n;  ///< said\n};\nstruct Later;\n")
     assert [line.split(": ")[0] for line in undocumented(tmp_path)] == [
         "include/turnout/plan.h:1", "include/turnout/plan.h:2", "include/turnout/plan.h:3"]
