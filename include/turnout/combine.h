@@ -10,13 +10,13 @@ namespace turnout {
 /// Rows of x in the plan's order.
 ///
 /// @param x [tokens, hidden]
-/// @return [tokens · top_k, hidden]; zeros behind the live rows
+/// @return [rows of the plan, hidden]; zeros where the plan's row is empty
 /// Gradient: to x, summed over choices in order. Double backward works. Deterministic.
 at::Tensor dispatch(const at::Tensor& x, const DispatchPlan& plan);
 
 /// y[t] = Σ_k topk_weights[t, k] · rows[row_of_choice[t, k]], summed in order of choice.
 ///
-/// @param rows [tokens · top_k, hidden]: what the experts made of the dispatched rows
+/// @param rows [rows of the plan, hidden]: what the experts made of the dispatched rows
 /// @param topk_weights [tokens, top_k] float32, or rows' type
 /// @return [tokens, hidden] of rows' type, accumulated in float32 (float64 for float64)
 /// Gradient: to rows and topk_weights. Double backward works. Deterministic.

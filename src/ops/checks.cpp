@@ -74,14 +74,13 @@ void check_queue(const at::Tensor& topk_ids, int64_t num_experts, const c10::Sym
 
 void check_plan_tensors(const char* op, const at::Tensor& token_of_row, const at::Tensor& row_of_choice,
                         const at::Tensor& device_of) {
-  check_dim(op, "token_of_row", token_of_row, 1, "[tokens · top_k]");
+  check_dim(op, "token_of_row", token_of_row, 1, "[rows]");
   check_dim(op, "row_of_choice", row_of_choice, 2, "[tokens, top_k]");
   for (const auto& [name, tensor] : {std::pair{"token_of_row", token_of_row}, {"row_of_choice", row_of_choice}}) {
     TORCH_CHECK_TYPE(tensor.scalar_type() == at::kLong, op, ": ", name, " is ", tensor.scalar_type(),
                      ", expected int64");
     check_device(op, name, tensor, "x", device_of);
   }
-  check_size(op, "token_of_row", token_of_row, 0, row_of_choice.sym_numel(), "tokens · top_k");
 }
 
 void check_topk_weights(const char* op, const at::Tensor& topk_weights, const at::Tensor& row_of_choice,

@@ -35,7 +35,7 @@ void check_dispatch(const at::Tensor& x, const at::Tensor& token_of_row, const a
 void check_combine(const at::Tensor& rows, const at::Tensor& topk_weights, const at::Tensor& token_of_row,
                    const at::Tensor& row_of_choice) {
   constexpr const char* kOp = "turnout::combine";
-  check_dim(kOp, "rows", rows, 2, "[tokens · top_k, hidden]");
+  check_dim(kOp, "rows", rows, 2, "[rows, hidden]");
   check_floating(kOp, "rows", rows);
   check_plan_tensors(kOp, token_of_row, row_of_choice, rows);
   check_size(kOp, "rows", rows, 0, token_of_row.sym_size(0), "rows of the plan");

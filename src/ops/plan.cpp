@@ -2,6 +2,7 @@
 #include <turnout/plan.h>
 
 #include "checks.h"
+#include "dispatcher.h"
 #include "names.h"
 
 #include <ATen/ATen.h>
@@ -21,15 +22,6 @@ constexpr ops::Names<DropOrder, 4> kDropOrders{{{DropOrder::choice, "choice"},
 constexpr ops::Names<CapacityRounding, 2> kRoundings{
     {{CapacityRounding::ceil, "ceil"}, {CapacityRounding::floor, "floor"}}};
 
-at::Tensor queue_positions_symint(const at::Tensor& topk_ids, int64_t num_experts, c10::SymInt group_size,
-                                  c10::string_view order, const std::optional<at::Tensor>& priority) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("turnout::queue_positions", "")
-                             .typed<at::Tensor(const at::Tensor&, int64_t, c10::SymInt, c10::string_view,
-                                               const std::optional<at::Tensor>&)>();
-  return op.call(topk_ids, num_experts, std::move(group_size), order, priority);
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> limit_capacity_symint(const at::Tensor& topk_ids,
                                                                      const at::Tensor& topk_weights,
                                                                      int64_t num_experts, c10::SymInt capacity,
@@ -44,7 +36,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> limit_capacity_symint(const at::T
   std::optional<at::Tensor> priority;
   if (order == "score") priority = topk_weights.detach();
   if (order == "random") priority = at::rand_like(topk_weights.detach());
-  const auto positions = queue_positions_symint(topk_ids, num_experts, group_size, order, priority);
+  const auto positions = ops::call_queue_positions(topk_ids, num_experts, group_size, order, priority);
   const auto kept = positions.ge(0).logical_and(positions.lt(at::Scalar(capacity)));
   auto weights = at::where(kept, topk_weights, at::zeros({}, topk_weights.options()));
   if (renormalize) {
@@ -67,6 +59,15 @@ int64_t expert_capacity_op(double factor, int64_t fixed, int64_t minimum, c10::s
 }
 
 }  // namespace
+
+at::Tensor ops::call_queue_positions(const at::Tensor& topk_ids, int64_t num_experts, c10::SymInt group_size,
+                                     c10::string_view order, const std::optional<at::Tensor>& priority) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("turnout::queue_positions", "")
+                             .typed<at::Tensor(const at::Tensor&, int64_t, c10::SymInt, c10::string_view,
+                                               const std::optional<at::Tensor>&)>();
+  return op.call(topk_ids, num_experts, std::move(group_size), order, priority);
+}
 
 DropOrder parse_drop_order(const std::string& name) { return ops::parse_name("drop order", kDropOrders, name); }
 std::string to_string(DropOrder order) { return ops::name_of(kDropOrders, order); }
@@ -102,7 +103,7 @@ int64_t expert_capacity(const CapacityOptions& options, int64_t group_tokens, in
 
 at::Tensor queue_positions(const at::Tensor& topk_ids, int64_t num_experts, int64_t group_size, DropOrder order,
                            const at::Tensor& priority) {
-  return queue_positions_symint(topk_ids, num_experts, group_size, to_string(order),
+  return ops::call_queue_positions(topk_ids, num_experts, group_size, to_string(order),
                                 priority.defined() ? std::optional(priority) : std::nullopt);
 }
 

@@ -33,6 +33,15 @@ TORCH_LIBRARY(turnout, m) {
   m.def(
       "expert_capacity(float factor, int fixed, int minimum, str rounding, bool count_choices, int group_tokens,"
       " int top_k, int num_experts) -> int");
+  // slots
+  m.def(
+      "slot_plan(Tensor topk_ids, int num_experts, SymInt capacity, SymInt group_size)"
+      " -> (Tensor expert_offsets, Tensor token_of_row, Tensor row_of_choice)");
+  m.def("slot_importance(Tensor topk_weights, Tensor token_of_row, Tensor row_of_choice) -> Tensor");
+  m.def("nested_ids(Tensor topk_ids, int num_outer, int num_inner) -> Tensor");
+  m.def(
+      "dispatch_tensors(Tensor topk_ids, Tensor topk_weights, int num_experts, SymInt capacity, SymInt group_size)"
+      " -> (Tensor dispatch, Tensor combine)");
   // dispatch and combine
   m.def("dispatch(Tensor x, Tensor token_of_row, Tensor row_of_choice) -> Tensor");
   m.def("combine(Tensor rows, Tensor topk_weights, Tensor token_of_row, Tensor row_of_choice) -> Tensor");
