@@ -29,8 +29,7 @@ at::Tensor scatter_choices(const at::Tensor& index, const at::Tensor& values, co
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> slot_plan_symint(const at::Tensor& topk_ids, int64_t num_experts,
-                                                            const c10::SymInt& capacity,
-                                                            const c10::SymInt& group_size) {
+                                                                c10::SymInt capacity, c10::SymInt group_size) {
   const auto place_TK = places("turnout::slot_plan", topk_ids, num_experts, capacity, group_size);
   const auto options = place_TK.options();
   const auto groups = topk_ids.sym_size(0) / group_size;
@@ -54,8 +53,8 @@ at::Tensor slot_importance_op(const at::Tensor& topk_weights, const at::Tensor& 
 }
 
 std::tuple<at::Tensor, at::Tensor> dispatch_tensors_symint(const at::Tensor& topk_ids, const at::Tensor& topk_weights,
-                                                           int64_t num_experts, const c10::SymInt& capacity,
-                                                           const c10::SymInt& group_size) {
+                                                           int64_t num_experts, c10::SymInt capacity,
+                                                           c10::SymInt group_size) {
   constexpr const char* kOp = "turnout::dispatch_tensors";
   ops::check_dim(kOp, "topk_ids", topk_ids, 2, "[tokens, top_k]");
   ops::check_floating(kOp, "topk_weights", topk_weights);
