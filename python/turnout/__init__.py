@@ -1,0 +1,66 @@
+"""Turnout: Mixture of Experts on LibTorch.
+
+The stages of an MoE layer as functions over tensors, each one an op that C++ shares: route, limit_capacity, plan,
+dispatch, combine, fused_experts and the losses. `turnout.compat` has the layers of five well-known descriptions.
+All ops run under torch.compile and torch.export without graph breaks, on the CPU and on any device of torch.
+"""
+
+from . import _library
+
+_library.load()
+
+from . import compat  # noqa: E402  (ops exist from here on)
+from .experts import PackedExperts, fused_experts, prepack  # noqa: E402
+from .ops import (  # noqa: E402
+    Capped,
+    DispatchPlan,
+    DispatchTensors,
+    Routing,
+    Top2Routing,
+    balance_loss,
+    combine,
+    dispatch,
+    dispatch_tensors,
+    expert_capacity,
+    feed_forward,
+    limit_capacity,
+    nested_ids,
+    plan,
+    queue_positions,
+    route,
+    route_top2,
+    slot_importance,
+    slot_plan,
+    topk,
+    z_loss,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Capped",
+    "DispatchPlan",
+    "DispatchTensors",
+    "PackedExperts",
+    "Routing",
+    "Top2Routing",
+    "balance_loss",
+    "combine",
+    "compat",
+    "dispatch",
+    "dispatch_tensors",
+    "expert_capacity",
+    "feed_forward",
+    "fused_experts",
+    "limit_capacity",
+    "nested_ids",
+    "plan",
+    "prepack",
+    "queue_positions",
+    "route",
+    "route_top2",
+    "slot_importance",
+    "slot_plan",
+    "topk",
+    "z_loss",
+]

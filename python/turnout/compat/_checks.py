@@ -1,0 +1,60 @@
+"""Argument checks of the layers: every error names the class, the argument, what it got and what it expected."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+
+def positive_int(owner: str, **values: object) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{owner}: {name} is {value!r}, expected an integer")
+        if value < 1:
+            raise ValueError(f"{owner}: {name} is {value}, expected at least 1")
+
+
+def positive_number(owner: str, **values: object) -> None:
+    for name, value in values.items():
+        _number(owner, name, value)
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{owner}: {name} is {value}, expected a finite number above 0")
+
+
+def non_negative_number(owner: str, **values: object) -> None:
+    for name, value in values.items():
+        _number(owner, name, value)
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{owner}: {name} is {value}, expected a finite number of at least 0")
+
+
+def _number(owner: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{owner}: {name} is {value!r}, expected a number")
+
+
+def top_k(owner: str, value: int, num_experts: int, *, name: str = "top_k", counted: str = "num_experts") -> None:
+    positive_int(owner, **{name: value})
+    if value > num_experts:
+        raise ValueError(f"{owner}: {name} is {value}, expected 1 to {num_experts} ({counted})")
+
+
+def one_of(owner: str, words: tuple[str, ...], **values: object) -> None:
+    for name, value in values.items():
+        if value not in words:
+            raise ValueError(f"{owner}: {name} is {value!r}, expected one of {', '.join(words)}")
+
+
+def shaped(owner: str, name: str, tensor: object, axes: str, last: int | None = None) -> None:
+    """`tensor` is a floating-point tensor with the axes that `axes` names, such as "[batch, seq, dim]" or
+    "[..., dim]", the last of them `last` long."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{owner}: {name} is a {type(tensor).__name__}, expected a tensor {axes}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{owner}: {name} is {tensor.dtype}, expected a floating-point tensor {axes}")
+    count = axes.count(",") + 1
+    fits = tensor.dim() >= count - 1 if "..." in axes else tensor.dim() == count
+    if not fits or tensor.dim() == 0 or (last is not None and tensor.shape[-1] != last):
+        size = "" if last is None else f" with {last} on the last axis"
+        raise ValueError(f"{owner}: {name} has shape {list(tensor.shape)}, expected {axes}{size}")

@@ -1,0 +1,137 @@
+"""Feed-forward experts over routed tokens, from plain or packed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu"]
+Weights = Tensor | Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """An owned snapshot of expert weights for inference, made by prepack(). Later changes of the weights it was made
+    from do not reach it."""
+
+    up: tuple[Tensor, ...]
+    down: tuple[Tensor, ...]
+    up_bias: tuple[Tensor, ...]
+    down_bias: tuple[Tensor, ...]
+    activation: Activation
+
+
+def fused_experts(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    up: Weights | PackedExperts,
+    down: Weights | None = None,
+    activation: Activation = "swiglu",
+    *,
+    up_bias: Weights | None = None,
+    down_bias: Weights | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """y[t] = Σ_k topk_weights[t, k] · (down_e · act(up_e · x[t] + up_bias_e) + down_bias_e), e = topk_ids[t, k].
+
+    x: [tokens, hidden] float32, float64, bfloat16 or float16; all weights and biases of the same type
+    topk_ids: [tokens, top_k] int32 or int64; -1 = not sent, adds nothing
+    topk_weights: [tokens, top_k] float32, or x's type; applied after down (the Hugging Face order)
+    up: [experts, ffn, hidden]; for swiglu and geglu [experts, 2·ffn, hidden], gate rows first. A list of one tensor
+      an expert does as well and is never stacked. Or what prepack() returned, which stands in for all weights, biases
+      and the activation
+    down: [experts, hidden, ffn], or a list; up_bias: [experts, rows of up]; down_bias: [experts, hidden]
+    recompute: keep no pre-activations for the backward; it computes them anew
+
+    Returns [tokens, hidden] of x's type; tokens that are not sent get zeros.
+    Raises ValueError or TypeError that names the argument; RuntimeError when a gradient is asked of packed weights.
+    Gradient: to x, topk_weights, weights and biases; an expert without tokens gets zeros. Double backward is refused.
+    Deterministic. A NaN token harms only itself. torch.compile takes it without a graph break. Under autocast x and
+    the weights are cast, topk_weights are not.
+    """
+    if isinstance(up, PackedExperts):
+        _check_packed_call(up, x, topk_weights, down, activation, up_bias, down_bias)
+        weights = (up.up, up.down, up.up_bias, up.down_bias)
+        activation = up.activation
+    else:
+        if down is None:
+            raise TypeError(
+                "turnout.fused_experts: down is None, expected a tensor or a list of tensors; only weights from "
+                "turnout.prepack stand in for both"
+            )
+        weights = (_as_list("up", up), _as_list("down", down), _as_list("up_bias", up_bias),
+                   _as_list("down_bias", down_bias))  # fmt: skip
+    return torch.ops.turnout.fused_experts(x, topk_ids, topk_weights, *weights, activation, recompute)
+
+
+def prepack(
+    up: Weights,
+    down: Weights,
+    activation: Activation = "swiglu",
+    *,
+    up_bias: Weights | None = None,
+    down_bias: Weights | None = None,
+) -> PackedExperts:
+    """An owned snapshot of expert weights for inference; arguments as in fused_experts.
+
+    Pass it as turnout.fused_experts(x, topk_ids, topk_weights, packed). It carries no gradient: call under
+    torch.no_grad() or with inputs that need none. Costs a copy of the weights, made here and at no other time.
+    Raises ValueError or TypeError for weights that do not fit together.
+    """
+    lists = [_as_list(*pair) for pair in (("up", up), ("down", down), ("up_bias", up_bias), ("down_bias", down_bias))]
+    packed = PackedExperts(*(tuple(t.detach().clone() for t in tensors) for tensors in lists), activation)
+    _check_weights(packed)
+    return packed
+
+
+def _as_list(name: str, weights: Weights | None) -> list[Tensor]:
+    if weights is None:
+        return []
+    tensors = [weights] if isinstance(weights, Tensor) else list(weights)
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"turnout.fused_experts: {name} holds a {type(tensor).__name__}, expected a tensor or a list of tensors"
+            )
+    return tensors
+
+
+def _check_weights(packed: PackedExperts) -> None:
+    """The op checks what fits together: it is asked with no token."""
+    if not packed.up:
+        raise ValueError("turnout.prepack: up is empty, expected a bank or one tensor an expert")
+    first = packed.up[0]
+    x = first.new_empty((0, first.shape[-1]))
+    ids = torch.empty((0, 1), dtype=torch.int64, device=first.device)
+    weights = torch.empty((0, 1), dtype=torch.float32, device=first.device)
+    fused_experts(x, ids, weights, packed)
+
+
+def _check_packed_call(
+    packed: PackedExperts,
+    x: Tensor,
+    topk_weights: Tensor,
+    down: object,
+    activation: str,
+    up_bias: object,
+    down_bias: object,
+) -> None:
+    for name, value in (("down", down), ("up_bias", up_bias), ("down_bias", down_bias)):
+        if value is not None:
+            raise TypeError(f"turnout.fused_experts: {name} is given beside packed weights, which hold all of them")
+    if activation not in ("swiglu", packed.activation):  # swiglu is what an omitted argument says
+        raise ValueError(
+            f"turnout.fused_experts: activation is {activation!r}, expected {packed.activation!r}, for which the "
+            "weights were packed"
+        )
+    if torch.is_grad_enabled() and (x.requires_grad or topk_weights.requires_grad):
+        name = "x" if x.requires_grad else "topk_weights"
+        raise RuntimeError(
+            f"turnout.fused_experts: {name} requires a gradient, but packed weights are for inference; pass the plain "
+            "weights, or call under torch.no_grad()"
+        )

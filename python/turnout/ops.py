@@ -1,0 +1,275 @@
+"""The stages as typed functions, one call of an op each.
+
+Shapes: T tokens, K choices of a token (top_k), E experts, D hidden, R rows. Arguments are checked by the ops: a
+ValueError or TypeError names the op, the argument, what it got and what was expected.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+RouterWeights = Literal["normalized", "probability", "softmax_of_topk"]
+SecondPolicy = Literal["all", "none", "threshold", "random"]
+LoadCount = Literal["per_assignment", "per_token", "first_choice"]
+DropOrder = Literal["choice", "position", "score", "random"]
+CapacityRounding = Literal["ceil", "floor"]
+
+_ops = torch.ops.turnout
+
+
+class Routing(NamedTuple):
+    """What a router decided, one row a token."""
+
+    topk_ids: Tensor
+    """[T, K] int64, best choice first; -1 = not sent"""
+    topk_weights: Tensor
+    """[T, K] float32 (float64 for float64 logits); 0 where not sent"""
+    scores: Tensor
+    """[T, E] router probabilities, for losses and statistics"""
+
+
+class Top2Routing(NamedTuple):
+    """What GShard top-2 gating decided, before capacity. Leading axes are those of the logits."""
+
+    topk_ids: Tensor
+    """[..., T, 2] int64; -1 = not sent"""
+    topk_weights: Tensor
+    """[..., T, 2]; 0 where not sent"""
+    scores: Tensor
+    """[..., T, E] router probabilities"""
+    balance_loss: Tensor
+    """scalar: mean over groups and experts of density · density_proxy · E²"""
+
+
+class Capped(NamedTuple):
+    """Choices after capacity."""
+
+    topk_ids: Tensor
+    """[T, K]; -1 where dropped"""
+    topk_weights: Tensor
+    """[T, K]; 0 where dropped"""
+    dropped: Tensor
+    """scalar int64: choices that found no place"""
+
+
+class DispatchPlan(NamedTuple):
+    """Rows grouped by expert. Shapes are static, so that compiled graphs keep them."""
+
+    expert_offsets: Tensor
+    """[E + 1] int64: rows of expert e are [e, e + 1); the last is the number of live rows"""
+    token_of_row: Tensor
+    """[R] int64; -1 where the row is empty"""
+    row_of_choice: Tensor
+    """[T, K] int64; -1 = not sent"""
+
+    @property
+    def num_experts(self) -> int:
+        return self.expert_offsets.shape[0] - 1
+
+    @property
+    def tokens_per_expert(self) -> Tensor:
+        """[E] int64"""
+        return self.expert_offsets.diff()
+
+
+class DispatchTensors(NamedTuple):
+    """GShard's dense tensors, one entry a place of an expert."""
+
+    dispatch: Tensor
+    """[T, E, capacity] 1 where the token stands, else 0"""
+    combine: Tensor
+    """[T, E, capacity] its weight there"""
+
+
+def topk(scores: Tensor, top_k: int) -> Tensor:
+    """Ids of the top_k largest scores of each row, largest first: [..., E] → [..., K] int64.
+
+    Ties go to the lower id (torch.topk promises no order). NaN ranks above every number, so a row of NaN still gives
+    distinct ids in range. Gradient: none; gather the scores with the ids. Deterministic.
+    """
+    return _ops.topk(scores, top_k)
+
+
+def route(logits: Tensor, top_k: int, weights: RouterWeights = "normalized", epsilon: float = 0.0) -> Routing:
+    """Routes tokens by softmax and top-k. logits: [T, E].
+
+    weights: how those of the chosen experts follow from the logits
+      normalized       softmax over all experts, the chosen ones divided by their sum + epsilon (Mixtral)
+      probability      softmax over all experts, as it is (Switch)
+      softmax_of_topk  softmax over the chosen logits alone (GPT-OSS, Shazeer)
+
+    The softmax runs in float32 whatever the logits' type (float64 stays float64); a NaN token harms only its own row.
+    Gradient: to logits through topk_weights and scores. With top_k = 1 `normalized` and `softmax_of_topk` give the
+    constant weight 1, so the router then learns from the losses alone.
+    """
+    return Routing(*_ops.route(logits, top_k, weights, epsilon))
+
+
+def route_top2(
+    logits: Tensor,
+    policy: SecondPolicy = "random",
+    threshold: float = 0.2,
+    epsilon: float = 1e-9,
+    *,
+    importance: Tensor | None = None,
+    uniform: Tensor | None = None,
+) -> Top2Routing:
+    """GShard top-2 gating. logits: [..., T, E]; the axis before last is the group of the loss's means.
+
+    policy: what becomes of the second expert: always kept (all), never (none), where its gate exceeds the threshold
+      (threshold), or with probability gate_2 / max(threshold, epsilon) (random)
+    importance: [..., T]. 1: both choices; above 0: only a second choice, which is then the best expert; 0: not sent
+    uniform: [..., T] numbers in [0, 1) for `random`; by default drawn from torch's generator
+
+    Weights are g / (g1 + g2 + epsilon), not renormalised when the second is left out. Gradient: to logits.
+    Source: tensor2tensor moe.py, mixture-of-experts 0.2.3 on PyPI, arXiv:2006.16668.
+    """
+    return Top2Routing(*_ops.route_top2(logits, policy, threshold, epsilon, importance, uniform))
+
+
+def balance_loss(
+    scores: Tensor, topk_ids: Tensor, count: LoadCount = "per_assignment", group_size: int = 0
+) -> Tensor:
+    """E · Σ f_i · P_i, a scalar: P_i is the mean probability of expert i, f_i its load.
+
+    scores: [T, E]; topk_ids: [T, K] before capacity, -1 counts nowhere
+    count: f = assignments / (T · K) (per_assignment; 1 when balanced), assignments / T (per_token; K when balanced),
+      or first choices / T (first_choice; 1 when balanced)
+    group_size: tokens over which f and P take their means; the loss is the mean over groups. 0 = all in one group
+
+    0 without tokens. Gradient: to scores through P; f is a count and has none.
+    """
+    return _ops.balance_loss(scores, topk_ids, count, group_size)
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """mean(logsumexp(logits)²) of logits [T, E], a scalar; 0 without tokens. Source: ST-MoE, arXiv:2202.08906."""
+    return _ops.z_loss(logits)
+
+
+def plan(topk_ids: Tensor, num_experts: int) -> DispatchPlan:
+    """Groups routed rows by expert, stable in token order; R = T · K, live rows first.
+
+    topk_ids: [T, K] int32 or int64, each in [0, num_experts); -1 = not sent. Gradient: none. Deterministic.
+    Source: MegaBlocks, arXiv:2211.15841.
+    """
+    return DispatchPlan(*_ops.plan(topk_ids, num_experts))
+
+
+def queue_positions(
+    topk_ids: Tensor, num_experts: int, group_size: int, order: DropOrder = "choice", priority: Tensor | None = None
+) -> Tensor:
+    """Place of each choice in the queue of its expert within its group, from 0; -1 = not sent. [T, K] int64.
+
+    order: all first choices before any second one (choice), by token position (position), or by `priority` [T, K],
+      larger first (score, random)
+    """
+    return _ops.queue_positions(topk_ids, num_experts, group_size, order, priority)
+
+
+def expert_capacity(
+    group_tokens: int,
+    top_k: int,
+    num_experts: int,
+    *,
+    factor: float = 0.0,
+    fixed: int = 0,
+    minimum: int = 0,
+    rounding: CapacityRounding = "ceil",
+    count_choices: bool = True,
+) -> int:
+    """Places of each expert for a group of tokens.
+
+    `fixed` when above 0; else max(minimum, min(group_tokens, rounded)) of factor · group_tokens · top_k / num_experts
+    (without top_k when count_choices is false); group_tokens when both are 0, so that nothing drops. At least 1.
+    """
+    return _ops.expert_capacity(factor, fixed, minimum, rounding, count_choices, group_tokens, top_k, num_experts)
+
+
+def limit_capacity(
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    num_experts: int,
+    capacity: int,
+    group_size: int,
+    order: DropOrder = "choice",
+    renormalize: bool = False,
+) -> Capped:
+    """Drops the choices that find no place among `capacity` in their expert and group of group_size tokens.
+
+    renormalize: divide the kept weights of a token by their sum. Gradient: to the topk_weights that are kept.
+    """
+    return Capped(
+        *_ops.limit_capacity(topk_ids, topk_weights, num_experts, capacity, group_size, order, renormalize)
+    )
+
+
+def dispatch(x: Tensor, plan: DispatchPlan) -> Tensor:
+    """Rows of x [T, D] in the plan's order: [R, D], zeros where a row is empty.
+
+    Gradient: to x, summed over choices in order; double backward works. Deterministic.
+    """
+    return _ops.dispatch(x, plan.token_of_row, plan.row_of_choice)
+
+
+def combine(rows: Tensor, topk_weights: Tensor, plan: DispatchPlan) -> Tensor:
+    """y[t] = Σ_k topk_weights[t, k] · rows[row_of_choice[t, k]], summed in order of choice: [T, D] of rows' type.
+
+    rows: [R, D], what the experts made of the dispatched rows; topk_weights: [T, K] float32 or rows' type
+    Gradient: to rows and topk_weights; double backward works. Accumulates in float32 (float64 for float64).
+    """
+    return _ops.combine(rows, topk_weights, plan.token_of_row, plan.row_of_choice)
+
+
+def slot_plan(topk_ids: Tensor, num_experts: int, capacity: int, group_size: int) -> DispatchPlan:
+    """A plan whose rows are places: row (e · groups + g) · capacity + p is place p of group g in expert e.
+
+    dispatch() then gives [E, groups, capacity, D] with zeros in empty places, and combine() takes it back. First
+    choices queue before second ones, by position; what queues behind `capacity` gets no place. Not for
+    fused_experts, which takes plans without empty rows.
+    """
+    return DispatchPlan(*_ops.slot_plan(topk_ids, num_experts, capacity, group_size))
+
+
+def slot_importance(topk_weights: Tensor, plan: DispatchPlan) -> Tensor:
+    """What each slot of an outer router means to the inner one, [R]: 1 where its weight exceeds 0.5, 0.5 where it
+    exceeds 0, else 0. Gradient: none."""
+    return _ops.slot_importance(topk_weights, plan.token_of_row, plan.row_of_choice)
+
+
+def nested_ids(topk_ids: Tensor, num_outer: int, num_inner: int) -> Tensor:
+    """Ids of the leaves of a two-level hierarchy: inner expert i within outer expert o is o · num_inner + i.
+
+    topk_ids: [R, K] of inner routers; rows lie in num_outer equal blocks, one an outer expert; -1 stays
+    """
+    return _ops.nested_ids(topk_ids, num_outer, num_inner)
+
+
+def dispatch_tensors(
+    topk_ids: Tensor, topk_weights: Tensor, num_experts: int, capacity: int, group_size: int
+) -> DispatchTensors:
+    """GShard's dense dispatch and combine tensors [T, E, capacity]. Large: for reading and tests.
+
+    Gradient: combine to topk_weights.
+    """
+    return DispatchTensors(*_ops.dispatch_tensors(topk_ids, topk_weights, num_experts, capacity, group_size))
+
+
+def feed_forward(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str = "swiglu",
+    *,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """The same feed-forward network for every row of x [..., D]: the dense twin of an expert, and shared experts.
+
+    up: [F, D], or [2·F, D] for swiglu and geglu, gate rows first; down: [D, F]; up_bias: rows of up; down_bias: [D]
+    Gradient: to all tensors, once (double backward is refused).
+    """
+    return _ops.feed_forward(x, up, down, up_bias, down_bias, activation)
