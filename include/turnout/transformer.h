@@ -157,6 +157,13 @@ class ByteLanguageModelImpl : public torch::nn::Module {
 };
 TORCH_MODULE(ByteLanguageModel);
 
+/// Writes FOLDER/config.json and FOLDER/model.safetensors, each atomically; the options stand in both, so that a pair
+/// torn by a crash between the two is noticed. @throws FileError
+void save_model(ByteLanguageModel model, const std::string& folder);
+
+/// @throws FileError naming the file that is missing, foreign or does not fit its config.json
+ByteLanguageModel load_model(const std::string& folder);
+
 struct GenerateOptions {
   int64_t tokens = 200;      ///< bytes to add
   double temperature = 0.8;  ///< 0 takes the most probable byte each time

@@ -1,0 +1,95 @@
+// `turnout compare`: what do experts buy over a dense model of the same FLOPs a token?
+#include "commands.h"
+#include "contest.h"
+#include "machine.h"
+#include "run_options.h"
+#include "terminal.h"
+
+#include <c10/util/Exception.h>
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <filesystem>
+
+namespace turnout::cli {
+namespace {
+
+struct CompareOptions {
+  RunOptions run;
+  std::string output = "runs/compare";
+  int64_t evaluations = 10;
+};
+
+void describe(const LanguageModelOptions& dense, const LanguageModelOptions& moe, const RunOptions& run,
+              const ByteText& text) {
+  fmt::print("{}\n", machine_line());
+  fmt::print("text: {} training bytes in {} files, {} held-out bytes in {} others\n", text.training.size(),
+             text.training_files.size(), text.held_out.size(), text.held_out_files.size());
+  fmt::print("MoE, FLOPs a token:   {}\n", to_string(flops_per_token(moe)));
+  fmt::print("dense, FLOPs a token: {} (width {})\n", to_string(flops_per_token(dense)), dense.ffn);
+  fmt::print("{} steps of {} x {} tokens, each model\n\n", run.training.steps, run.training.batch, run.model.context);
+  std::fflush(stdout);
+}
+
+void write_results(const CompareOptions& options, const ByteText& text, const Contestant& dense,
+                   const Contestant& moe) {
+  nlohmann::ordered_json json;
+  json["results"] = results_json(dense, moe);
+  json["models"] = {{dense.name, nlohmann::ordered_json::parse(to_json(dense.trainer.model->options))},
+                    {moe.name, nlohmann::ordered_json::parse(to_json(moe.trainer.model->options))}};
+  json["training"] = nlohmann::ordered_json::parse(to_json(options.run.training));
+  json["text"] = {{"paths", options.run.text},
+                  {"digest", fmt::format("{:016x}", text.digest())},
+                  {"training_bytes", text.training.size()},
+                  {"training_files", text.training_files.size()},
+                  {"held_out_bytes", text.held_out.size()},
+                  {"held_out_files", text.held_out_files}};
+  json["machine"] = machine_json();
+  for (const Contestant* c : {&dense, &moe}) {
+    const std::string folder = options.output + "/" + c->name;
+    std::filesystem::create_directories(folder);
+    save_model(c->trainer.model, folder);
+  }
+  write_file(options.output + "/curves.jsonl", curves_jsonl(dense, moe));
+  // Last: whoever finds compare.json finds the rest as well.
+  write_file(options.output + "/compare.json",
+             json.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n");
+}
+
+void compare(CompareOptions& options) {
+  RunOptions& run = options.run;
+  settle(run);
+  TORCH_CHECK_VALUE(run.model.kind != BlockKind::dense, "--kind is dense, expected moe or hybrid: the dense model is "
+                                                        "made from it");
+  TORCH_CHECK_VALUE(options.evaluations >= 1, "--evaluations is ", options.evaluations, ", expected 1 or more");
+  const std::shared_ptr<const ByteText> text = load_text_of(run);
+  const LanguageModelOptions twin = dense_twin(run.model);
+  prepare_output(options.output);
+  fit_minutes(run, {twin, run.model}, text);
+  Contestant dense{.name = "dense", .trainer = Trainer(make_model(twin, run.training.seed), run.training, text)};
+  Contestant moe{.name = "moe", .trainer = Trainer(make_model(run.model, run.training.seed), run.training, text)};
+  describe(twin, run.model, run, *text);
+  catch_interrupts();
+  run_contest(dense, moe, std::min(options.evaluations, run.training.steps));
+  write_results(options, *text, dense, moe);
+  fmt::print("{}\nWritten: {}/compare.json, curves.jsonl, dense/, moe/\n", table(dense, moe), options.output);
+}
+
+}  // namespace
+
+void add_compare(CLI::App& program) {
+  CLI::App* app = program.add_subcommand("compare", "Train a dense model and an MoE of equal FLOPs a token, side by side");
+  auto options = std::make_shared<CompareOptions>();
+  auto arguments = std::make_shared<RunArguments>(*app, options->run);
+  app->add_option("--output", options->output, "Folder of the results")->capture_default_str();
+  app->add_option("--evaluations", options->evaluations, "Points of the curves")->capture_default_str();
+  app->footer(
+      "Examples:\n"
+      "  turnout compare\n"
+      "  turnout compare --experts 32 --top-k 1 --router probability --minutes 10\n"
+      "  turnout compare --text book.txt notes/ --layers 2 --hidden 64 --tokens 500000");
+  app->callback([options, arguments] { compare(*options); });
+}
+
+}  // namespace turnout::cli

@@ -1,0 +1,70 @@
+// The program `turnout`: dispatches to subcommands and turns every failure into one line and a status.
+//
+// Status 0: done. 1: a run failed on its way (it diverged). 2: bad input or files. 130: stopped by Ctrl-C.
+#include "commands.h"
+#include "machine.h"
+#include "terminal.h"
+
+#include <turnout/checkpoint.h>
+#include <turnout/training.h>
+
+#include <c10/util/Exception.h>
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <csignal>
+#include <cstdio>
+#include <exception>
+#include <string>
+
+namespace {
+
+int fail(int status, std::string message) {
+  message.erase(std::min(message.find('\n'), message.size()));
+  const char* prefix = message.starts_with("turnout: ") ? "" : "turnout: ";
+  fmt::print(stderr, "{}{}\n", prefix, message);
+  return status;
+}
+
+int run(int argc, char** argv) {
+  CLI::App program{
+      "Mixture-of-Experts language models on the CPU at hand.\n\n"
+      "Examples:\n"
+      "  turnout compare                          dense against MoE, equal FLOPs, about 5 minutes\n"
+      "  turnout train --output runs/mine         one model, with checkpoints\n"
+      "  turnout generate runs/mine --prompt 'def '",
+      "turnout"};
+  program.set_version_flag("--version", turnout::cli::version_text());
+  program.require_subcommand(1);
+  turnout::cli::add_compare(program);
+  turnout::cli::add_train(program);
+  turnout::cli::add_generate(program);
+  try {
+    program.parse(argc, argv);
+    if (std::fflush(stdout) != 0) throw turnout::FileError("standard output: cannot write");
+    return 0;
+  } catch (const CLI::ParseError& error) {
+    if (error.get_exit_code() == 0) return program.exit(error);
+    return fail(2, std::string(error.what()) + " (see --help)");
+  } catch (const turnout::cli::Interrupted& stop) {
+    return fail(130, stop.what());
+  } catch (const turnout::DivergenceError& error) {
+    return fail(1, error.what());
+  } catch (const turnout::FileError& error) {
+    return fail(2, error.what());
+  } catch (const c10::Error& error) {
+    return fail(2, error.what_without_backtrace());
+  } catch (const std::bad_alloc&) {
+    return fail(2, "not enough memory for these sizes");
+  } catch (const std::exception& error) {
+    return fail(1, error.what());
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::signal(SIGXFSZ, SIG_IGN);  // a file-size limit becomes an error of the write, not a signal
+  return run(argc, argv);
+}

@@ -1,0 +1,130 @@
+// `turnout train`: one model, with checkpoints that a killed run goes on from to the same bits.
+#include "commands.h"
+#include "run_options.h"
+#include "terminal.h"
+
+#include <c10/util/Exception.h>
+
+#include <fmt/format.h>
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <chrono>
+#include <filesystem>
+
+namespace turnout::cli {
+namespace {
+
+constexpr const char* kProgramKey = "program";
+
+struct TrainOptions {
+  RunOptions run;
+  std::string output = "runs/train";
+  int64_t checkpoint_every = 200;
+  bool resume = false;
+};
+
+std::string checkpoint_path(const TrainOptions& options) { return options.output + "/checkpoint.safetensors"; }
+
+void save_checkpoint(const TrainOptions& options, const Trainer& trainer) {
+  TensorFile state = trainer.state();
+  const nlohmann::ordered_json program = {{"ffn", options.run.ffn},
+                                          {"tokens", options.run.tokens},
+                                          {"minutes", options.run.minutes},
+                                          {"threads", options.run.threads},
+                                          {"text", options.run.text}};
+  state.metadata[kProgramKey] = program.dump();
+  save_tensors(checkpoint_path(options), state);
+}
+
+RunOptions stored_options(const TensorFile& state, const std::string& path) {
+  const StateOptions of_state = state_options(state, path);
+  RunOptions run;
+  run.model = of_state.model;
+  run.training = of_state.training;
+  const auto found = state.metadata.find(kProgramKey);
+  if (found == state.metadata.end()) throw FileError(path + ": was not written by turnout train");
+  try {
+    const auto program = nlohmann::ordered_json::parse(found->second);
+    run.ffn = program.at("ffn").get<int64_t>();
+    run.tokens = program.at("tokens").get<int64_t>();
+    run.minutes = program.at("minutes").get<double>();
+    run.threads = program.at("threads").get<int64_t>();
+    run.text = program.at("text").get<std::vector<std::string>>();
+  } catch (const nlohmann::json::exception&) {
+    throw FileError(path + ": was not written by turnout train");
+  }
+  return run;
+}
+
+void run_steps(const TrainOptions& options, Trainer& trainer) {
+  Progress progress(trainer.options.steps);
+  const auto start = std::chrono::steady_clock::now();
+  const int64_t first = trainer.steps_done();
+  while (!trainer.done()) {
+    const StepReport report = trainer.step();
+    if (progress.due(report.step)) {
+      const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+      const auto tokens = static_cast<double>((report.step - first) * trainer.tokens_per_step());
+      progress.update(report.step, fmt::format("{:.3f} bits/byte  {} tokens/s", report.bits_per_byte,
+                                               short_number(tokens / seconds)));
+    }
+    const bool stop = interrupted();
+    if (stop || trainer.done() || report.step % options.checkpoint_every == 0) save_checkpoint(options, trainer);
+    if (stop && !trainer.done())
+      throw Interrupted(fmt::format("stopped at step {} of {}; go on with --resume --output {}", report.step,
+                                    trainer.options.steps, options.output));
+  }
+}
+
+void train(TrainOptions& options, RunArguments& arguments) {
+  TORCH_CHECK_VALUE(options.checkpoint_every >= 1, "--checkpoint-every is ", options.checkpoint_every,
+                    ", expected 1 or more");
+  RunOptions& run = options.run;
+  TensorFile state;
+  if (options.resume) {
+    state = load_tensors(checkpoint_path(options));
+    RunOptions stored = stored_options(state, checkpoint_path(options));
+    arguments.refuse_differences(stored, checkpoint_path(options));
+    run = stored;
+    if (run.threads > 0) at::set_num_threads(static_cast<int>(run.threads));
+  } else {
+    settle(run);
+  }
+  const std::shared_ptr<const ByteText> text = load_text_of(run);
+  prepare_output(options.output);
+  if (!options.resume) fit_minutes(run, {run.model}, text);
+  Trainer trainer(make_model(run.model, run.training.seed), run.training, text);
+  if (options.resume) trainer.load_state(state, checkpoint_path(options));
+  state = {};
+  fmt::print("{} parameters, {} active; FLOPs a token: {}\n", count_parameters(run.model).total,
+             count_parameters(run.model).active, to_string(flops_per_token(run.model)));
+  fmt::print("steps {} to {} of {} x {} tokens\n", trainer.steps_done() + 1, run.training.steps, run.training.batch,
+             run.model.context);
+  std::fflush(stdout);
+  catch_interrupts();
+  run_steps(options, trainer);
+  const double bits = trainer.evaluate();
+  save_model(trainer.model, options.output);
+  fmt::print("held-out text: {:.4f} bits a byte\nWritten: {}/model.safetensors, config.json\n", bits, options.output);
+}
+
+}  // namespace
+
+void add_train(CLI::App& program) {
+  CLI::App* app = program.add_subcommand("train", "Train one model, with checkpoints");
+  auto options = std::make_shared<TrainOptions>();
+  auto arguments = std::make_shared<RunArguments>(*app, options->run);
+  app->add_option("--output", options->output, "Folder of checkpoint and model")->capture_default_str();
+  app->add_option("--checkpoint-every", options->checkpoint_every, "Steps between checkpoints")->capture_default_str();
+  app->add_flag("--resume", options->resume,
+                "Go on from the checkpoint in the output folder, with its options; one given anew must equal its own");
+  app->footer(
+      "Examples:\n"
+      "  turnout train --output runs/mine --tokens 5000000\n"
+      "  turnout train --output runs/mine --resume\n"
+      "  turnout train --kind dense --output runs/dense      the dense model of equal FLOPs");
+  app->callback([options, arguments] { train(*options, *arguments); });
+}
+
+}  // namespace turnout::cli

@@ -1,0 +1,117 @@
+// Training of the byte-level language model: the same bits whether or not it was interrupted.
+#pragma once
+
+#include <turnout/checkpoint.h>
+#include <turnout/text.h>
+#include <turnout/transformer.h>
+
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace turnout {
+
+struct TrainingOptions {
+  int64_t batch = 16;            ///< sequences a step, each of the model's context
+  int64_t steps = 1000;          ///< in all; the schedule ends here
+  double learning_rate = 2e-3;   ///< at its peak
+  double final_fraction = 0.05;  ///< learning rate at the end, as a fraction of the peak
+  int64_t warmup_steps = 50;     ///< linear rise to the peak; a cosine follows
+  double weight_decay = 0.1;     ///< of matrices; not of norms, biases, embeddings
+  double beta1 = 0.9;            ///< AdamW, arXiv:1711.05101
+  double beta2 = 0.95;
+  double epsilon = 1e-8;
+  double clip = 1.0;             ///< largest norm of the whole gradient
+  uint64_t seed = 0;             ///< of the batches, and of routing where it draws
+  int64_t eval_bytes = 65536;    ///< held-out bytes that evaluate() predicts, at most
+};
+
+/// @throws c10::ValueError naming the first option that is impossible
+void check(const TrainingOptions& options);
+std::string to_json(const TrainingOptions& options);
+/// @throws c10::ValueError naming the key that is missing, unknown or of the wrong type; then as check() does
+TrainingOptions training_options_from_json(const std::string& text);
+
+/// Learning rate of a step, counted from 0.
+double learning_rate(const TrainingOptions& options, int64_t step);
+
+/// Whether weight decay applies to a parameter: matrices, and banks of them; not norms, biases or the embedding.
+bool decays(const std::string& name, const at::Tensor& parameter);
+
+/// The loss or the gradient became NaN or Inf. The weights are those from before the step.
+class DivergenceError : public std::runtime_error {
+ public:
+  DivergenceError(int64_t step, const std::string& where, const std::string& what);
+  const int64_t step;       ///< counted from 1
+  const std::string where;  ///< "embedding", "layer 2", "head" or "loss"
+};
+
+struct StepReport {
+  int64_t step = 0;           ///< counted from 1
+  double bits_per_byte = 0;   ///< of this batch, before the step
+  double aux_loss = 0;        ///< what was added to the loss, in nats
+  double gradient_norm = 0;   ///< before clipping
+  at::Tensor expert_load;     ///< [sparse layers, experts] int64: rows that each expert got; undefined when dense
+  int64_t choices = 0;        ///< tokens · top_k over all sparse layers
+  int64_t dropped = 0;        ///< choices that found no place
+};
+
+/// Trains one model by AdamW with warm-up, cosine and gradient clipping.
+///
+/// Batches are a function of (seed, step) alone, and routing that draws is seeded by them as well (which then sets
+/// torch's default generators at each step): a resumed run needs no random state and reaches the bits of an unbroken
+/// one, at one thread count. Parameters are float32.
+class Trainer {
+ public:
+  /// @throws c10::ValueError when options are impossible or a part of the text is not longer than the context
+  Trainer(ByteLanguageModel model, TrainingOptions options, std::shared_ptr<const ByteText> text);
+
+  /// Forward, backward, update. @throws DivergenceError; c10::ValueError after the last step
+  StepReport step();
+
+  /// Bits per byte over fixed, evenly spaced windows of the held-out text, each byte predicted from those before it
+  /// in its window. Changes nothing.
+  double evaluate();
+
+  int64_t steps_done() const { return steps_done_; }
+  bool done() const { return steps_done_ >= options.steps; }
+  int64_t tokens_per_step() const { return options.batch * model->options.context; }
+
+  /// Model, optimizer, step and options as one file's content, so that one rename replaces a checkpoint whole.
+  /// Shares memory with the trainer.
+  TensorFile state() const;
+  /// @param source how to call where it came from, such as a file's path
+  /// @throws FileError when it was made with other options, another text, or does not fit the model
+  void load_state(const TensorFile& state, const std::string& source);
+
+  const TrainingOptions options;
+  ByteLanguageModel model;
+
+ private:
+  struct Group {  // parameters that share a weight decay
+    std::vector<std::string> names;
+    std::vector<at::Tensor> parameters, averages, square_averages, steps;
+    double weight_decay = 0;
+  };
+
+  at::Tensor batch(int64_t step) const;
+  std::map<std::string, at::Tensor> optimizer_tensors() const;
+  double clip_and_update();
+  void refuse_divergence(const at::Tensor& tokens, double loss);
+
+  std::shared_ptr<const ByteText> text_;
+  std::vector<Group> groups_;
+  int64_t steps_done_ = 0;
+};
+
+/// Options that a trainer's state was made with.
+struct StateOptions {
+  LanguageModelOptions model;
+  TrainingOptions training;
+};
+/// @throws FileError when it is no trainer's state
+StateOptions state_options(const TensorFile& state, const std::string& source);
+
+}  // namespace turnout

@@ -1,0 +1,256 @@
+// One step of training, evaluation, and a state that resumes to the same bits.
+#include <turnout/training.h>
+
+#include "models/hash.h"
+
+#include <ATen/Context.h>
+#include <ATen/ops/_foreach_norm.h>
+#include <ATen/ops/_fused_adamw.h>
+#include <ATen/ops/cross_entropy_loss.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+
+namespace turnout {
+namespace {
+
+constexpr const char* kAverage = "optimizer.average.";
+constexpr const char* kSquareAverage = "optimizer.square_average.";
+constexpr const char* kModel = "model.";
+
+// Windows of `length` bytes at `offsets`: [offsets, length] int64.
+at::Tensor windows(const std::string& text, const std::vector<size_t>& offsets, int64_t length) {
+  at::Tensor bytes = at::empty({static_cast<int64_t>(offsets.size()), length}, at::kByte);
+  auto* out = bytes.mutable_data_ptr<uint8_t>();
+  for (const size_t offset : offsets)
+    out = std::copy_n(reinterpret_cast<const uint8_t*>(text.data()) + offset, length, out);
+  return bytes.to(at::kLong);
+}
+
+// Loss of predicting bytes 1 … L from bytes 0 … L − 1, in nats.
+at::Tensor prediction_loss(const at::Tensor& logits_BLV, const at::Tensor& tokens_BL1, at::Reduction::Reduction how) {
+  const int64_t L = logits_BLV.size(1);
+  return at::cross_entropy_loss(logits_BLV.flatten(0, 1), tokens_BL1.narrow(1, 1, L).flatten(), {}, how);
+}
+
+void count_load(const LanguageModelOutput& output, StepReport& report) {
+  std::vector<at::Tensor> loads;
+  for (const auto& layer : output.layers) {
+    if (!layer) continue;
+    loads.push_back(layer->plan.tokens_per_expert());
+    report.choices += layer->routing.topk_ids.numel();
+    report.dropped += layer->dropped.item<int64_t>();
+  }
+  if (!loads.empty()) report.expert_load = at::stack(loads).to(at::kCPU);
+}
+
+// The layer that a parameter belongs to, as DivergenceError names it.
+std::string place_of(const std::string& parameter) {
+  const std::string module = parameter.substr(0, parameter.find('.'));
+  return module.starts_with("layer_") ? "layer " + module.substr(6) : module == "norm" ? "head" : module;
+}
+
+void check_text(const char* part, const std::string& text, int64_t context) {
+  TORCH_CHECK_VALUE(static_cast<int64_t>(text.size()) > context, "turnout: the ", part, " text has ", text.size(),
+                    " bytes, expected more than the context, ", context);
+}
+
+}  // namespace
+
+DivergenceError::DivergenceError(int64_t step_in, const std::string& where_in, const std::string& what)
+    : std::runtime_error("training diverged at step " + std::to_string(step_in) + ", " + where_in + ": " + what),
+      step(step_in),
+      where(where_in) {}
+
+Trainer::Trainer(ByteLanguageModel model_in, TrainingOptions options_in, std::shared_ptr<const ByteText> text)
+    : options(options_in), model(std::move(model_in)), text_(std::move(text)) {
+  check(options);
+  check_text("training", text_->training, model->options.context);
+  check_text("held-out", text_->held_out, model->options.context);
+  TORCH_CHECK_VALUE(model->options.vocabulary == 256, "turnout: vocabulary is ", model->options.vocabulary,
+                    ", expected 256, one token a byte");
+  groups_.resize(2);
+  groups_[0].weight_decay = options.weight_decay;
+  for (const auto& item : model->named_parameters()) {
+    Group& group = groups_[decays(item.key(), item.value()) ? 0 : 1];
+    group.names.push_back(item.key());
+    group.parameters.push_back(item.value());
+    group.averages.push_back(at::zeros_like(item.value()));
+    group.square_averages.push_back(at::zeros_like(item.value()));
+    group.steps.push_back(at::zeros({}, item.value().options().requires_grad(false)));
+  }
+}
+
+at::Tensor Trainer::batch(int64_t step) const {
+  const int64_t length = model->options.context + 1;
+  const uint64_t starts = text_->training.size() - static_cast<size_t>(length) + 1;
+  std::vector<size_t> offsets;
+  for (int64_t row = 0; row < options.batch; ++row)
+    offsets.push_back(hash_numbers(options.seed, static_cast<uint64_t>(step), static_cast<uint64_t>(row)) % starts);
+  return windows(text_->training, offsets, length).to(model->embedding->weight.device());
+}
+
+StepReport Trainer::step() {
+  TORCH_CHECK_VALUE(!done(), "turnout: Trainer::step: all ", options.steps, " steps are done");
+  const MoEOptions& moe = model->options.moe;
+  if (model->options.kind != BlockKind::dense && !moe.capacity.dropless() && moe.capacity.order == DropOrder::random)
+    at::manual_seed(hash_numbers(~options.seed, static_cast<uint64_t>(steps_done_)));
+
+  model->train();
+  for (Group& group : groups_)
+    for (at::Tensor& parameter : group.parameters) parameter.mutable_grad() = at::Tensor();
+  const at::Tensor tokens_BL1 = batch(steps_done_);
+  const at::Tensor inputs_BL = tokens_BL1.narrow(1, 0, model->options.context);
+  const LanguageModelOutput output = model(inputs_BL);
+  const at::Tensor loss = prediction_loss(output.logits, tokens_BL1, at::Reduction::Mean);
+  const at::Tensor objective = loss + output.aux_loss;
+
+  StepReport report;
+  report.step = steps_done_ + 1;
+  report.bits_per_byte = loss.item<double>() / std::numbers::ln2;
+  report.aux_loss = output.aux_loss.item<double>();
+  count_load(output, report);
+  refuse_divergence(inputs_BL, objective.item<double>());
+  objective.backward();
+  report.gradient_norm = clip_and_update();
+  ++steps_done_;
+  return report;
+}
+
+void Trainer::refuse_divergence(const at::Tensor& tokens, double loss) {
+  if (std::isfinite(loss)) return;
+  const std::string where = model->first_non_finite(tokens);
+  throw DivergenceError(steps_done_ + 1, where.empty() ? "loss" : where,
+                        "the loss is " + std::to_string(loss) + "; a lower learning rate may help");
+}
+
+double Trainer::clip_and_update() {
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> norms;
+  std::vector<std::vector<at::Tensor>> gradients;
+  for (const Group& group : groups_) {
+    auto& of_group = gradients.emplace_back();
+    for (const at::Tensor& parameter : group.parameters)
+      of_group.push_back(parameter.grad().defined() ? parameter.grad() : at::zeros_like(parameter));
+    if (of_group.empty()) continue;
+    for (at::Tensor& norm : at::_foreach_norm(of_group)) norms.push_back(std::move(norm));
+  }
+  const at::Tensor norm = at::linalg_vector_norm(at::stack(norms));
+  const double value = norm.item<double>();
+  if (!std::isfinite(value)) {
+    size_t n = 0;
+    for (const Group& group : groups_)
+      for (const std::string& name : group.names)
+        if (!std::isfinite(norms[n++].item<double>()))
+          throw DivergenceError(steps_done_ + 1, place_of(name), "the gradient of " + name + " is not finite");
+    throw DivergenceError(steps_done_ + 1, "loss", "the norm of the gradient is " + std::to_string(value));
+  }
+  const at::Tensor divisor = (norm / options.clip).clamp_min(1.0);
+  const double rate = learning_rate(options, steps_done_);
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    Group& group = groups_[g];
+    if (group.parameters.empty()) continue;
+    for (at::Tensor& step : group.steps) step.add_(1);
+    at::_fused_adamw_(group.parameters, gradients[g], group.averages, group.square_averages, {}, group.steps, rate,
+                      options.beta1, options.beta2, group.weight_decay, options.epsilon, /*amsgrad=*/false,
+                      /*maximize=*/false, divisor, /*found_inf=*/{});
+  }
+  return value;
+}
+
+double Trainer::evaluate() {
+  const at::NoGradGuard no_grad;
+  const bool was_training = model->is_training();
+  model->eval();
+  const int64_t context = model->options.context;
+  const auto room = static_cast<int64_t>(text_->held_out.size()) - context;  // window starts
+  const int64_t count = std::max<int64_t>(1, std::min(options.eval_bytes, room) / context);
+  double nats = 0.0;
+  for (int64_t first = 0; first < count; first += options.batch) {
+    std::vector<size_t> offsets;
+    for (int64_t w = first; w < std::min(count, first + options.batch); ++w)
+      offsets.push_back(static_cast<size_t>(static_cast<__int128>(w) * (room - 1) / std::max<int64_t>(1, count - 1)));
+    const at::Tensor tokens = windows(text_->held_out, offsets, context + 1).to(model->embedding->weight.device());
+    const LanguageModelOutput output = model(tokens.narrow(1, 0, context));
+    nats += prediction_loss(output.logits, tokens, at::Reduction::None).to(at::kDouble).sum().item<double>();
+  }
+  model->train(was_training);
+  return nats / static_cast<double>(count * context) / std::numbers::ln2;
+}
+
+std::map<std::string, at::Tensor> Trainer::optimizer_tensors() const {
+  std::map<std::string, at::Tensor> tensors;
+  for (const Group& group : groups_) {
+    for (size_t i = 0; i < group.names.size(); ++i) {
+      tensors.emplace(kAverage + group.names[i], group.averages[i]);
+      tensors.emplace(kSquareAverage + group.names[i], group.square_averages[i]);
+    }
+  }
+  return tensors;
+}
+
+TensorFile Trainer::state() const {
+  TensorFile state;
+  for (const auto& [name, tensor] : module_tensors(*model)) state.tensors.emplace(kModel + name, tensor);
+  state.tensors.merge(optimizer_tensors());
+  state.metadata = {{"kind", "turnout training state"},
+                    {"model", to_json(model->options)},
+                    {"training", to_json(options)},
+                    {"text", std::to_string(text_->digest())},
+                    {"step", std::to_string(steps_done_)}};
+  return state;
+}
+
+StateOptions state_options(const TensorFile& state, const std::string& source) {
+  for (const char* key : {"kind", "model", "training", "text", "step"})
+    if (!state.metadata.count(key)) throw FileError(source + ": is no training state: it lacks '" + key + "'");
+  try {
+    return {language_model_options_from_json(state.metadata.at("model")),
+            training_options_from_json(state.metadata.at("training"))};
+  } catch (const c10::Error& error) {
+    throw FileError(source + ": " + error.what_without_backtrace());
+  }
+}
+
+void Trainer::load_state(const TensorFile& state, const std::string& source) {
+  const StateOptions stored = state_options(state, source);
+  if (to_json(stored.model) != to_json(model->options)) throw FileError(source + ": holds another model");
+  if (to_json(stored.training) != to_json(options)) throw FileError(source + ": was trained with other options");
+  if (state.metadata.at("text") != std::to_string(text_->digest()))
+    throw FileError(source + ": was trained on another text");
+  const std::string& step_text = state.metadata.at("step");
+  const bool digits = !step_text.empty() && step_text.size() <= 12 &&
+                      std::all_of(step_text.begin(), step_text.end(), [](char c) { return c >= '0' && c <= '9'; });
+  if (!digits || std::stoll(step_text) > options.steps)
+    throw FileError(source + ": its step is '" + step_text + "', expected 0 to " + std::to_string(options.steps));
+
+  std::map<std::string, at::Tensor> of_model, of_optimizer = optimizer_tensors(), others;
+  std::string problems;
+  for (const auto& [name, tensor] : state.tensors) {
+    const auto slot = of_optimizer.find(name);
+    if (name.starts_with(kModel))
+      of_model.emplace(name.substr(std::string_view(kModel).size()), tensor);
+    else if (slot == of_optimizer.end())
+      problems += " '" + name + "' is unused;";
+    else if (slot->second.sizes() != tensor.sizes() || slot->second.scalar_type() != tensor.scalar_type())
+      problems += " '" + name + "' has another shape or type;";
+  }
+  for (const auto& item : of_optimizer)
+    if (!state.tensors.count(item.first)) problems += " '" + item.first + "' is missing;";
+  if (!problems.empty()) throw FileError(source + ": does not fit the optimizer:" + problems);
+  load_into_module(*model, of_model, source);
+  const at::NoGradGuard no_grad;
+  for (const auto& [name, slot] : of_optimizer) slot.copy_(state.tensors.at(name));
+  steps_done_ = std::stoll(step_text);
+  for (Group& group : groups_)
+    for (at::Tensor& step : group.steps) step.fill_(static_cast<double>(steps_done_));
+}
+
+}  // namespace turnout
