@@ -58,11 +58,8 @@ HierarchicalMoEOutput HierarchicalMoEImpl::forward(const at::Tensor& x) {
   const auto importance = slot_importance(first.routing.topk_weights, slots);
   const auto second = gate_inner->forward(slot_x.view({outer, groups, first.capacity, -1}),
                                           importance.view({outer, groups, first.capacity}));
-  // Experts of all outer groups are numbered through, so that one plan and one bank serve them.
-  const auto slots_per_group = groups * first.capacity;
-  const auto base = at::arange(outer, slots.row_of_choice.options()).repeat_interleave(slots_per_group).mul(inner);
-  const auto& inner_ids = second.routing.topk_ids;
-  const auto ids = at::where(inner_ids.lt(0), inner_ids, inner_ids + base.unsqueeze(1));
+  // The experts of all outer groups are numbered through, so that one plan and one bank serve them.
+  const auto ids = nested_ids(second.routing.topk_ids, outer, inner);
   const auto grouped = plan(ids, outer * inner);
   const auto slot_y = experts->forward(slot_x, second.routing.topk_weights, grouped);
   const auto y = combine(slot_y, first.routing.topk_weights, slots);
