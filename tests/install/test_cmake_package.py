@@ -76,11 +76,12 @@ def test_another_torch_is_refused_in_words(prefix, tmp_path, version, reason):
         assert part.strip() in message, result.stderr
 
 
-def test_one_openmp_runtime(prefix, tmp_path):
-    """The library needs libgomp by its plain name, so that the copy that torch loaded serves it too."""
-    needed = [line.split("[")[1].rstrip("]") for line in succeed("readelf", "-d", prefix / "lib" / "libturnout.so").splitlines()
-              if "NEEDED" in line]
-    torch_cpu = next(pathlib.Path(path) for path in sys.path if (pathlib.Path(path) / "torch" / "lib").is_dir())
-    of_torch = succeed("readelf", "-d", torch_cpu / "torch" / "lib" / "libtorch_cpu.so")
-    gomp = [name for name in needed if "gomp" in name]
-    assert len(gomp) == 1 and f"[{gomp[0]}]" in of_torch
+def needed_openmp(library):
+    lines = succeed("readelf", "-d", library).splitlines()
+    return {line.split("[")[1].rstrip("]") for line in lines if "NEEDED" in line and "omp" in line}
+
+
+def test_one_openmp_runtime(prefix):
+    """What the library needs of OpenMP has the name that torch loads it by, so a process holds it once."""
+    site = next(pathlib.Path(path) for path in sys.path if (pathlib.Path(path) / "torch" / "lib").is_dir())
+    assert needed_openmp(prefix / "lib" / "libturnout.so") <= needed_openmp(site / "torch" / "lib" / "libtorch_cpu.so")
