@@ -1,0 +1,127 @@
+// The problem of a bank of feed-forward experts, as pointers, sizes and strides: what every implementation solves.
+//
+// Shapes: T tokens, D hidden, F ffn, U up_rows (2·F where gated, else F), E experts, K top_k, R rows.
+//     u[r] = x[token_of_row[r]] · up[e]ᵀ + up_bias[e]          [R, U]
+//     h[r] = act(u[r])                                        [R, F]   gated: act(u[:F]) ⊙ u[F:]
+//     a[r] = h[r] · down[e]ᵀ + down_bias[e]                    [R, D]
+//     y[t] = Σ_k topk_weights[t, k] · a[row_of_choice[t, k]]   [T, D]   k ascending, skipped where -1
+// Rounding in bf16: u, a and every sum live in fp32; h is rounded to bf16 before `down`; y is rounded once.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+namespace turnout::kernels {
+
+enum class DType { f32, bf16, f64 };  // f64 is served by the reference alone
+enum class Activation { relu, gelu, gelu_tanh, silu, swiglu, geglu };  // gelu and geglu: exact (erf)
+
+/// True where `up` holds 2·ffn rows, the gate's first.
+constexpr bool is_gated(Activation a) { return a == Activation::swiglu || a == Activation::geglu; }
+
+constexpr size_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+
+/// Runs a body over [0, n) on the caller's thread pool, so that kernels own no threads.
+///
+/// `run` may call the body on any threads, in any split, even all on one thread: no kernel waits for a thread to start.
+struct ParallelFor {
+  using Body = void (*)(void* body, int64_t begin, int64_t end);
+  void (*run)(void* pool, int64_t n, void* body, Body call) = nullptr;
+  void* pool = nullptr;
+  int threads = 1;  ///< how many workers to prepare for; results never depend on it
+
+  template <class F>
+  void operator()(int64_t n, F&& f) const {
+    using Fn = std::remove_reference_t<F>;
+    if (run == nullptr) return f(int64_t{0}, n);
+    run(pool, n, const_cast<void*>(static_cast<const void*>(&f)),
+        [](void* body, int64_t begin, int64_t end) { (*static_cast<Fn*>(body))(begin, end); });
+  }
+};
+
+/// One call's input. Nothing is owned; every pointer outlives the call.
+struct ExpertsProblem {
+  int64_t tokens = 0, hidden = 0, ffn = 0, num_experts = 0, top_k = 0, rows = 0;
+  DType dtype = DType::f32;
+  Activation activation = Activation::gelu;
+
+  const void* x = nullptr;  ///< [tokens, hidden], contiguous within a row
+  int64_t x_stride = 0;     ///< elements from row to row
+
+  const void* const* up = nullptr;         ///< [experts] → [up_rows, hidden] contiguous; unused with packed weights
+  const void* const* down = nullptr;       ///< [experts] → [hidden, ffn] contiguous; unused with packed weights
+  const void* const* up_bias = nullptr;    ///< null, or [experts] → [up_rows]
+  const void* const* down_bias = nullptr;  ///< null, or [experts] → [hidden]
+
+  const int64_t* expert_offsets = nullptr;  ///< [experts + 1]; rows of expert e are [offsets[e], offsets[e + 1])
+  const int64_t* token_of_row = nullptr;    ///< [rows]
+  const int64_t* row_of_choice = nullptr;   ///< [tokens, top_k], -1 = not sent
+  const void* topk_weights = nullptr;       ///< [tokens, top_k] float; double for f64
+
+  int64_t up_rows() const { return is_gated(activation) ? 2 * ffn : ffn; }
+};
+
+/// What backward writes; null = not wanted. An expert without rows gets zeros, a token not sent a zero grad_x.
+struct ExpertsGradients {
+  void* x = nullptr;             ///< [tokens, hidden] contiguous
+  void* topk_weights = nullptr;  ///< [tokens, top_k] float (double for f64); 0 where not sent
+  void* const* up = nullptr;     ///< [experts] → as the weight
+  void* const* down = nullptr;
+  void* const* up_bias = nullptr;
+  void* const* down_bias = nullptr;
+};
+
+struct Implementation;  // table.h
+
+/// An owned snapshot of the weights of a bank, in the panel layout of one implementation, for inference.
+///
+/// Memory: that of the weights, outputs padded to a panel (32 on AVX-512). Cost: reading and writing the weights once.
+class PackedExperts {
+ public:
+  /// Reads problem.{up, down} and the sizes; the routing fields may be empty.
+  PackedExperts(const Implementation& implementation, const ExpertsProblem& problem, const ParallelFor& parallel);
+
+  const Implementation& implementation() const { return *implementation_; }
+  size_t bytes() const { return bytes_; }
+  const void* up(int64_t expert) const { return data_.get() + expert * up_bytes_; }
+  const void* down(int64_t expert) const { return data_.get() + down_offset_ + expert * down_bytes_; }
+
+  /// True where these weights have the sizes, type and activation of `problem`.
+  bool fits(const ExpertsProblem& problem) const;
+
+ private:
+  struct Free {
+    void operator()(char* p) const;
+  };
+  const Implementation* implementation_;
+  int64_t hidden_, ffn_, num_experts_;
+  DType dtype_;
+  Activation activation_;
+  size_t up_bytes_ = 0, down_bytes_ = 0, down_offset_ = 0, bytes_ = 0;
+  std::unique_ptr<char, Free> data_;
+};
+
+/// y [tokens, hidden] of the bank, by `implementation`.
+///
+/// @param packed   null, or weights packed by the same implementation: then problem.up and problem.down are not read
+/// @param saved_up null, or [rows, up_rows] in the problem's type: u, kept for backward
+/// @throws std::invalid_argument for f64 on any implementation but `reference`, or packed weights that do not fit
+/// Same bits at any thread count. A NaN or Inf in one token's row reaches no other token.
+/// bf16 denormals count as zero where the CPU's bf16 dot product does so (`avx512_bf16`).
+void forward(const Implementation& implementation, const ExpertsProblem& problem, const PackedExperts* packed, void* y,
+             void* saved_up, const ParallelFor& parallel);
+
+/// Gradients of forward() for grad_y [tokens, hidden] of row stride `grad_y_stride` (0 = one row for all tokens).
+///
+/// @param saved_up as forward() left it, or null: recomputed, an expert at a time
+/// Rounding in bf16: u, du and topk_weight·h are rounded to bf16 before the products that read them; sums are fp32 and
+/// rounded once. Scratch: that of a few experts at a time, and [rows, hidden] fp32 where grad x is wanted.
+/// Same bits at any thread count.
+void backward(const Implementation& implementation, const ExpertsProblem& problem, const void* saved_up,
+              const void* grad_y, int64_t grad_y_stride, const ExpertsGradients& grad, const ParallelFor& parallel);
+
+/// Frees the scratch memory kept between calls (at most 256 MB; what is in use stays).
+void release_scratch();
+
+}  // namespace turnout::kernels

@@ -1,0 +1,124 @@
+// The innermost loops: a tile of rows × one panel, and in-place dot products of few rows with plain weights.
+//
+// Every output is one chain of fused multiply-adds in the order of the reduction, whatever the number of rows in its
+// tile: a row's result does not depend on the rows beside it, and so not on the split of work.
+#pragma once
+
+#include <stdint.h>
+#include <utility>
+
+namespace turnout::kernels {
+namespace {
+
+template <class V, bool BF>
+constexpr int max_rows() {
+  return BF ? V::kRowsBf16 : V::kRows;
+}
+
+/// Where a tile's reads ahead go: a line at p, then one every `step` bytes, a line a word of the reduction.
+struct Ahead {
+  const char* p;
+  int64_t step;
+};
+
+/// c [MR][panel] (+)= rows · b; accumulates where `add`. Rows are read from byte `k0` on, or packed [words][MR] in
+/// rows[0] where `Packed`. `Stream`: the panel itself comes from memory and is fetched 8 KB ahead.
+template <class V, bool BF, int MR, bool Stream, bool Packed>
+void tile(int64_t words, const char* const* rows, int64_t k0, const char* b, float* c, bool add, Ahead ahead) {
+  using Reg = typename V::Reg;
+  constexpr int L = V::L, P = 2 * L;
+  constexpr bool Split = BF && !V::kBf16Dot;
+  Reg acc[MR][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < 2; ++j) acc[i][j] = add ? V::load(c + i * P + j * L) : V::zero();
+  const char* row[MR];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) row[i] = Packed ? rows[0] + 4 * i : rows[i] + k0;
+  const char* a = row[0];
+  const char* line = ahead.p;
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < words; ++k) {
+    const Reg b0 = V::load(b), b1 = V::load(b + 4 * L);
+    if constexpr (Stream) {
+      __builtin_prefetch(b + 8192);
+      __builtin_prefetch(b + 8192 + 64);
+    } else if constexpr (!Packed) {
+      __builtin_prefetch(line, 0, 2);
+      line += ahead.step;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      const Reg w = V::word(Packed ? a + 4 * i : row[i] + 4 * k);
+      if constexpr (!BF) {
+        acc[i][0] = V::fma(w, b0, acc[i][0]);
+        acc[i][1] = V::fma(w, b1, acc[i][1]);
+      } else if constexpr (Split) {
+        const Reg lo = V::low(w), hi = V::high(w);
+        acc[i][0] = V::fma(hi, V::high(b0), V::fma(lo, V::low(b0), acc[i][0]));
+        acc[i][1] = V::fma(hi, V::high(b1), V::fma(lo, V::low(b1), acc[i][1]));
+      } else {
+        acc[i][0] = V::dot(w, b0, acc[i][0]);
+        acc[i][1] = V::dot(w, b1, acc[i][1]);
+      }
+    }
+    b += 4 * P;
+    if constexpr (Packed) a += 4 * MR;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < 2; ++j) V::store(c + i * P + j * L, acc[i][j]);
+}
+
+using TileFn = void (*)(int64_t, const char* const*, int64_t, const char*, float*, bool, Ahead);
+
+template <class V, bool BF, bool Stream, bool Packed, class Rows = std::make_integer_sequence<int, max_rows<V, BF>()>>
+struct Tiles;
+template <class V, bool BF, bool Stream, bool Packed, int... I>
+struct Tiles<V, BF, Stream, Packed, std::integer_sequence<int, I...>> {
+  static constexpr TileFn fn[] = {nullptr, tile<V, BF, I + 1, Stream, Packed>...};
+};
+
+/// c[i * panel + j] = ⟨rows[i], weights[j]⟩ for MR rows and 4 weights of `bytes` bytes, fetching `next` bytes ahead.
+template <class V, bool BF, int MR>
+void dots(int64_t bytes, const char* const* rows, const char* const* weights, int64_t next, float* c) {
+  using Reg = typename V::Reg;
+  constexpr int B = 4 * V::L;
+  Reg acc[MR][4];
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < 4; ++j) acc[i][j] = V::zero();
+  const auto step = [&](const Reg(&x)[MR], const Reg(&w)[4]) __attribute__((always_inline)) {
+    for (int j = 0; j < 4; ++j)
+      for (int i = 0; i < MR; ++i) acc[i][j] = BF ? V::dot(x[i], w[j], acc[i][j]) : V::fma(x[i], w[j], acc[i][j]);
+  };
+  int64_t k = 0;
+  for (; k + B <= bytes; k += B) {
+    Reg x[MR], w[4];
+    for (int i = 0; i < MR; ++i) x[i] = V::load(rows[i] + k);
+    for (int j = 0; j < 4; ++j) {
+      w[j] = V::load(weights[j] + k);
+      __builtin_prefetch(weights[j] + next + k);
+    }
+    step(x, w);
+  }
+  if (k < bytes) {
+    Reg x[MR], w[4];
+    for (int i = 0; i < MR; ++i) x[i] = V::load_bytes(rows[i] + k, bytes - k);
+    for (int j = 0; j < 4; ++j) w[j] = V::load_bytes(weights[j] + k, bytes - k);
+    step(x, w);
+  }
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < 4; ++j) c[i * 2 * V::L + j] = V::sum(acc[i][j]);
+}
+
+using DotsFn = void (*)(int64_t, const char* const*, const char* const*, int64_t, float*);
+
+template <class V, bool BF, class Rows = std::make_integer_sequence<int, V::kDotRows>>
+struct Dots;
+template <class V, bool BF, int... I>
+struct Dots<V, BF, std::integer_sequence<int, I...>> {
+  static constexpr DotsFn fn[] = {nullptr, dots<V, BF, I + 1>...};
+};
+
+}  // namespace
+}  // namespace turnout::kernels
