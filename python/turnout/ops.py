@@ -170,6 +170,7 @@ def queue_positions(
     return _ops.queue_positions(topk_ids, num_experts, group_size, order, priority)
 
 
+@torch.compiler.assume_constant_result
 def expert_capacity(
     group_tokens: int,
     top_k: int,
@@ -185,6 +186,7 @@ def expert_capacity(
 
     `fixed` when above 0; else max(minimum, min(group_tokens, rounded)) of factor · group_tokens · top_k / num_experts
     (without top_k when count_choices is false); group_tokens when both are 0, so that nothing drops. At least 1.
+    Compiled graphs take it as a number; a number of tokens that they keep symbolic breaks the graph here.
     """
     return _ops.expert_capacity(factor, fixed, minimum, rounding, count_choices, group_tokens, top_k, num_experts)
 

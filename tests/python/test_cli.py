@@ -1,0 +1,256 @@
+"""The program `turnout`, driven as a user drives it: help, errors, interruption, and small real runs."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PROGRAM = pathlib.Path(os.environ.get("TURNOUT_PROGRAM", ROOT / "build" / "bin" / "turnout"))
+TINY = ("--layers 2 --hidden 16 --heads 2 --context 16 --experts 4 --expert-ffn 12 --batch 4 --warmup 2 "
+        "--eval-bytes 256 --threads 1").split()
+
+pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason=f"{PROGRAM} is not built")
+
+
+def turnout(*arguments, **keywords):
+    return subprocess.run([PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=300, **keywords)
+
+
+def refuses(*arguments, **keywords):
+    """The one line on stderr of a run that must end with status 2."""
+    done = turnout(*arguments, **keywords)
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("turnout: "), done.stderr
+    return done.stderr
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for n in range(30):
+        (folder / f"page{n}.txt").write_text(f"page {n}: " + "the points are set for the other line. " * 20)
+    return folder
+
+
+@pytest.mark.parametrize("command", [[], ["compare"], ["train"], ["generate"]])
+def test_help_has_examples(command):
+    done = turnout(*command, "--help")
+    assert done.returncode == 0 and "Examples:" in done.stdout and done.stderr == ""
+
+
+def test_version_names_turnout_torch_and_instructions():
+    done = turnout("--version")
+    assert done.returncode == 0
+    assert re.search(r"^turnout \d+\.\d+\.\d+$", done.stdout, re.M)
+    assert re.search(r"^torch \d+\.\d+", done.stdout, re.M)
+    assert re.search(r"^instructions ", done.stdout, re.M)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("", "subcommand"),
+    ("frobnicate", "frobnicate"),
+    ("compare --frobnicate 1", "--frobnicate"),
+    ("compare --layers many", "--layers"),
+    ("compare --router best", "'best', expected one of normalized"),
+    ("compare --kind sparse", "'sparse', expected one of dense, moe, hybrid"),
+    ("compare --kind dense", "expected moe or hybrid"),
+    ("compare --pattern some", "'some'"),
+    ("compare --activation tanh", "'tanh'"),
+    ("compare --layers 0", "layers is 0"),
+    ("compare --experts 4 --top-k 5", "top_k is 5, expected 1 to the number of experts, 4"),
+    ("compare --hidden 99999999999", "hidden is 99999999999"),
+    ("compare --hidden 30 --heads 4", "hidden is 30"),
+    ("compare --alpha 2", "alpha is 2"),
+    ("compare --capacity -1", "-1"),
+    ("compare --tokens 0", "--tokens is 0"),
+    ("compare --lr nan", "learning_rate is nan"),
+    ("compare --text no/such/file", "no/such/file"),
+    ("train --checkpoint-every 0", "--checkpoint-every is 0"),
+    ("train --resume --output no/such/folder", "no/such/folder/checkpoint.safetensors"),
+    ("generate no/such/model --prompt x", "no/such/model/config.json"),
+    ("generate", "required"),
+])
+def test_bad_input_is_one_line_and_status_2(arguments, words, tmp_path):
+    assert words in refuses(*arguments.split(), cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == [], "nothing may be written"
+
+
+def test_unusable_texts_and_folders_are_refused_before_training(tmp_path, text):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    assert "no text found" in refuses("compare", "--text", empty, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("a file")
+    for command in "compare", "train":
+        message = refuses(command, *TINY, "--text", text, "--output", in_the_way / "out")
+        assert str(in_the_way / "out") in message
+    assert in_the_way.read_text() == "a file"
+
+
+def test_compare_writes_all_it_says(tmp_path, text):
+    out = tmp_path / "out"
+    done = turnout("compare", *TINY, "--text", text, "--tokens", 64 * 20, "--evaluations", 4, "--output", out)
+    assert done.returncode == 0, done.stderr
+    assert "\033" not in done.stdout + done.stderr and "\r" not in done.stderr, "plain lines away from a terminal"
+    assert "% " in done.stderr and "left" in done.stderr
+    for words in "bits a byte, equal tokens", "bits a byte, equal time", "active parameters", "choices dropped":
+        assert words in done.stdout
+    report = json.loads((out / "compare.json").read_text())
+    dense, moe = report["results"]["dense"], report["results"]["moe"]
+    assert dense["flops_per_token"]["total"] == moe["flops_per_token"]["total"]
+    assert moe["flops_per_token"]["gate"] == 2 * 2 * 16 * 4
+    assert dense["tokens"] == moe["tokens"] == 64 * 20
+    assert moe["parameters"] > moe["active_parameters"]
+    assert moe["dropped"] == 0 and moe["choices"] == 64 * 20 * 2 * 2
+    assert [sum(layer) for layer in moe["expert_load"]] == [64 * 20 * 2] * 2
+    assert report["machine"]["threads"] == 1 and report["machine"]["torch"]
+    curves = [json.loads(line) for line in (out / "curves.jsonl").read_text().splitlines()]
+    for name in "dense", "moe":
+        points = [point for point in curves if point["model"] == name]
+        assert [point["step"] for point in points] == [5, 10, 15, 20]
+        assert points[-1]["bits_per_byte"] == report["results"][name]["bits_per_byte_at_equal_tokens"]
+        seconds = report["results"]["equal_time_seconds"]
+        at_time = report["results"][name]["bits_per_byte_at_equal_time"]
+        if points[-1]["seconds"] == seconds:
+            assert at_time == points[-1]["bits_per_byte"]
+        generated = turnout("generate", out / name, "--prompt", "the ", "--tokens", 20, "--seed", 3)
+        assert generated.returncode == 0 and generated.stdout.startswith("the "), generated.stderr
+        assert len(generated.stdout.encode("utf-8", "replace")) >= 24
+
+
+def test_capacity_drops_and_is_reported(tmp_path, text):
+    done = turnout("compare", *TINY, "--text", text, "--tokens", 640, "--capacity", 0.5, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    moe = json.loads((tmp_path / "out" / "compare.json").read_text())["results"]["moe"]
+    assert moe["dropped"] > 0
+
+
+def test_models_are_read_by_the_safetensors_package_and_back(tmp_path, text):
+    numpy = pytest.importorskip("safetensors.numpy")
+    out = tmp_path / "out"
+    done = turnout("train", *TINY, "--text", text, "--tokens", 640, "--output", out)
+    assert done.returncode == 0, done.stderr
+    file = out / "model.safetensors"
+    tensors = numpy.load_file(file)
+    assert tensors["layer_0.moe.experts.up"].shape == (4, 12, 16)
+    before = turnout("generate", out, "--prompt", "the ", "--temperature", 0).stdout
+    numpy.save_file(tensors, file)
+    again = turnout("generate", out, "--prompt", "the ", "--temperature", 0)
+    assert again.returncode == 0 and again.stdout == before, again.stderr
+    del tensors["norm.bias"]
+    numpy.save_file(tensors, file)
+    assert "'norm.bias' is missing" in refuses("generate", out, "--prompt", "x")
+    file.write_bytes(file.read_bytes()[:-4])
+    assert str(file) in refuses("generate", out, "--prompt", "x")
+    (out / "config.json").write_text("{}")
+    assert str(out / "config.json") in refuses("generate", out, "--prompt", "x")
+
+
+def train_arguments(text, out, steps=300):
+    return ["train", *TINY, "--text", text, "--tokens", 64 * steps, "--checkpoint-every", 20, "--output", out]
+
+
+def start_and_wait_for_checkpoint(arguments, out):
+    process = subprocess.Popen([PROGRAM, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True)
+    deadline = time.monotonic() + 60
+    while not (out / "checkpoint.safetensors").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return process
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, text):
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    assert turnout(*train_arguments(text, unbroken)).returncode == 0
+    process = start_and_wait_for_checkpoint(train_arguments(text, killed), killed)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the run must be cut short for this test to mean anything"
+    assert not (killed / "model.safetensors").exists()
+    # Killed again and again, at whatever point the clock hits.
+    for delay in 0.3, 0.5, 0.7:
+        process = subprocess.Popen([PROGRAM, "train", "--resume", "--output", killed], stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+    done = turnout("train", "--resume", "--output", killed)
+    assert done.returncode == 0, done.stderr
+    for name in "model.safetensors", "config.json", "checkpoint.safetensors":
+        assert (killed / name).read_bytes() == (unbroken / name).read_bytes(), name
+
+
+def test_resume_refuses_other_options_and_another_text(tmp_path, text):
+    out = tmp_path / "out"
+    assert turnout(*train_arguments(text, out, steps=20)).returncode == 0
+    checkpoint = (out / "checkpoint.safetensors").read_bytes()
+    assert "--layers is 3, but" in refuses("train", "--resume", "--output", out, "--layers", 3)
+    assert turnout("train", "--resume", "--output", out, "--layers", 2).returncode == 0
+    (text / "page0.txt").write_text("another text " * 50)
+    assert "another text" in refuses("train", "--resume", "--output", out)
+    assert (out / "checkpoint.safetensors").read_bytes() == checkpoint
+
+
+def test_ctrl_c_stops_with_status_130_and_a_whole_checkpoint(tmp_path, text):
+    out = tmp_path / "out"
+    process = start_and_wait_for_checkpoint(train_arguments(text, out, steps=20000), out)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    stopped = re.search(r"stopped at step (\d+) of 20000", stderr.splitlines()[-1])
+    assert stopped, stderr
+    safetensors = pytest.importorskip("safetensors")
+    with safetensors.safe_open(out / "checkpoint.safetensors", "numpy") as file:
+        assert file.metadata()["step"] == stopped[1]
+    assert not list(out.glob("*.partial"))
+
+
+def test_a_full_disk_is_named_and_keeps_the_old_checkpoint(tmp_path, text):
+    out = tmp_path / "out"
+    assert turnout(*train_arguments(text, out, steps=20)).returncode == 0
+    checkpoint = (out / "checkpoint.safetensors").read_bytes()
+    limit = len(checkpoint) // 1024 // 2
+    command = ["bash", "-c", f"ulimit -f {limit}; exec \"$@\"", "-", PROGRAM, *train_arguments(text, out, steps=25)]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert str(out / "checkpoint.safetensors") in done.stderr.splitlines()[-1]
+    assert (out / "checkpoint.safetensors").read_bytes() == checkpoint
+    assert not list(out.glob("*.partial"))
+
+
+def test_divergence_names_the_step_with_status_1(tmp_path, text):
+    done = turnout("train", *TINY, "--text", text, "--tokens", 64 * 200, "--lr", 1000, "--weight-decay", 100,
+                   "--output", tmp_path / "out")
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"^turnout: training diverged at step \d+, (layer \d+|embedding|head|loss)", done.stderr, re.M)
+
+
+def test_a_terminal_gets_a_bar_and_no_color_is_obeyed(tmp_path, text):
+    import pty
+
+    def on_terminal(name, **environment):
+        parent, child = pty.openpty()
+        process = subprocess.Popen([PROGRAM, *map(str, train_arguments(text, tmp_path / name, steps=20))],
+                                   stdout=subprocess.DEVNULL, stderr=child, env={**os.environ, **environment})
+        os.close(child)
+        shown = b""
+        try:
+            while chunk := os.read(parent, 4096):
+                shown += chunk
+        except OSError:  # the terminal is gone: the program ended
+            pass
+        os.close(parent)
+        assert process.wait() == 0
+        return shown
+
+    colored = on_terminal("a", NO_COLOR="")
+    assert b"\r" in colored and b"===" in colored and b"\033[32m" in colored
+    assert b"\033[32m" not in on_terminal("b", NO_COLOR="1")
