@@ -30,7 +30,7 @@ sanitize: setup ## run the C++ tests with the address and undefined-behaviour sa
 	@$(call configure,asan) cmake --build --preset asan; ctest --preset asan
 
 sanitize-kernels: setup ## the same for the torch-free kernels alone
-	@$(call configure,asan) cmake --build --preset asan --target kernel_tests; ctest --preset asan -R kernel_tests
+	@$(call configure,asan) cmake --build --preset asan --target kernels_test; ctest --preset asan -R kernels
 
 format: ## format the C++ sources with clang-format
 	@find include src cli tests -name '*.h' -o -name '*.cpp' | xargs clang-format -i
