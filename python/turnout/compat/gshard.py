@@ -324,7 +324,8 @@ class HeirarchicalMoE(nn.Module):
         importance = ops.slot_importance(outer.topk_weights, slots)
         x = ops.dispatch(inputs.reshape(-1, dim), slots)
 
-        shape = (outer_experts, inputs.shape[0], outer.capacity)
+        groups = x.shape[0] // (outer_experts * outer.capacity)  # sequences; none where they hold no token
+        shape = (outer_experts, groups, outer.capacity)
         inner = self.gate_inner.route(x.view(*shape, dim), importance.view(shape))
         if _runs_fused(self.experts):
             ids = ops.nested_ids(inner.topk_ids, outer_experts, inner_experts)
