@@ -39,7 +39,7 @@ LEVEL_OF_HEADER = {
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
 INSTRUCTION_SETS = {"x86", "arm"}
 # What files compiled with wide instructions may include: nothing with inline functions that the linker could share.
-ISA_HEADERS = {"cstddef", "cstdint", "cstring", "immintrin.h", "arm_neon.h", "arm_sve.h"}
+ISA_HEADERS = {"stddef.h", "stdint.h", "string.h", "immintrin.h", "arm_neon.h", "arm_sve.h"}
 
 
 def includes(path):
