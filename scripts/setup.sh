@@ -45,7 +45,8 @@ check_compiler() {
   command -v g++ >/dev/null || fail "compiler" "there is no g++" "apt-get install g++ (version 12 or newer)"
   local version
   version="$(g++ -dumpversion)"
-  [[ ${version%%.*} -ge 12 ]] || fail "compiler" "g++ is version $version" "install g++ 12 or newer and put it first in PATH"
+  [[ ${version%%.*} -ge 12 ]] ||
+    fail "compiler" "g++ is version $version" "install g++ 12 or newer and put it first in PATH"
 }
 
 install_headers() {
@@ -63,11 +64,12 @@ make_environment() {
   if [[ "$python" != "$PWD/.venv/bin/python" ]]; then
     return # the active environment's torch fits
   fi
-  if [[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && "${VIRTUAL_ENV:-}" != "$PWD/.venv" && ! -x .venv/bin/pip ]]; then
-    step "the active environment is left alone: $("${VIRTUAL_ENV:-$CONDA_PREFIX}/bin/python" cmake/find_torch.py 2>&1 || true)"
-  fi
   if [[ -x .venv/bin/pip ]] && "$python" -c '' 2>/dev/null; then
     return
+  fi
+  local active="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
+  if [[ -n "$active" ]]; then
+    step "the active environment is left alone: $("$active/bin/python" cmake/find_torch.py 2>&1 || true)"
   fi
   command -v python3 >/dev/null || fail "Python" "there is no python3" "install Python 3.10 or newer"
   python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||

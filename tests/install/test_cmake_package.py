@@ -11,7 +11,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
 SAMPLE = pathlib.Path(__file__).parent / "sample"
-ENVIRONMENT = {"PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": os.environ.get("HOME", "/")}
+TOOLS = pathlib.Path(sys.executable).parent
+ENVIRONMENT = {"PATH": f"{TOOLS}:{os.environ['PATH']}", "HOME": os.environ.get("HOME", "/")}
 
 
 def run(*command, **options):
