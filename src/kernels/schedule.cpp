@@ -36,6 +36,10 @@ void Schedule::run_erased(const ParallelFor& parallel, void* f, void (*call)(voi
       for (int g : task.after)
         if (g >= 0) wait_for(remaining[static_cast<size_t>(g)]);
       call(f, task, worker);
+#if defined(__x86_64__)
+      // stores past the caches are not ordered by `release` alone
+      __builtin_ia32_sfence();
+#endif
       remaining[static_cast<size_t>(task.group)].fetch_sub(1, std::memory_order_release);
     }
   };

@@ -73,7 +73,8 @@ const Implementation& find(std::string_view name) {
     if (name != i.name) continue;
     const std::string feature = missing(name);
     if (!feature.empty())
-      throw std::invalid_argument("'" + std::string(name) + "' needs " + i.needs + ": this CPU or its operating system lacks " + feature);
+      throw std::invalid_argument("'" + std::string(name) + "' needs " + i.needs +
+                                  ": this CPU or its operating system lacks " + feature);
     return i;
   }
   throw std::invalid_argument("no implementation is called '" + std::string(name) + "'; known: " + known_names());

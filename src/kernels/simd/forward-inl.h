@@ -71,6 +71,7 @@ void up_typed(const UpArgs& a) {
 }
 
 /// Adds the bias (null: none) and writes fp32 rows of whole panels, past the caches: they are read once, much later.
+/// `out` and `stride` are multiples of a vector. The fence that ends a task (schedule.cpp) makes them visible.
 template <class V, bool BF>
 struct SlotEpilogue {
   const char* bias;
@@ -85,7 +86,7 @@ struct SlotEpilogue {
       const int64_t col = p * P + h * L;
       const auto b = bias ? S::load_n(bias + col * S::size, columns - col) : V::zero();
       for (int64_t i = 0; i < rows; ++i)
-        V::store(out + (first + i) * stride + col, V::add(V::load(c + i * P + h * L), b));
+        V::stream(out + (first + i) * stride + col, V::add(V::load(c + i * P + h * L), b));
     }
   }
 };

@@ -228,7 +228,8 @@ void sweep_in_place(const RowSet& a, int64_t bytes, int64_t begin, int64_t end,
         for (int q = 0; q < 4; ++q) weights[q] = w + (q < valid ? q : valid - 1) * bytes;
         for (int64_t i = 0; i < a.count; i += V::kDotRows) {
           const int64_t rows = a.count - i < V::kDotRows ? a.count - i : V::kDotRows;
-          Dots<V, BF>::fn[rows](bytes, a.rows + i, weights, 4 * bytes, sums + i * P + h * V::L + j);
+          // 8 rows ahead: 32 KB of a hidden size of 2048 in bf16, far enough for memory, near enough for the L1 cache
+          Dots<V, BF>::fn[rows](bytes, a.rows + i, weights, 8 * bytes, sums + i * P + h * V::L + j);
         }
       }
     for (int64_t i = 0; i < a.count; i += kMaxTileRows)
