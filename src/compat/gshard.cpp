@@ -63,12 +63,10 @@ at::Tensor ExpertsImpl::forward(const at::Tensor& x, const at::Tensor& topk_weig
 
 at::Tensor ExpertsImpl::forward(const at::Tensor& x) {
   constexpr const char* kName = "turnout::compat::Experts";
-  auto shape = w1.sizes().vec();
-  shape.pop_back();
-  TORCH_CHECK_VALUE(x.dim() == static_cast<int64_t>(shape.size()) && x.size(-1) == shape.back() &&
-                        x.sizes().slice(0, x.dim() - 2) == at::IntArrayRef(shape).slice(0, shape.size() - 2),
-                    kName, ": x has shape ", x.sizes(), ", expected the axes of num_experts, then [n, dim], as in ",
-                    shape, " with any n before the last");
+  const auto outer = w1.sizes().slice(0, w1.dim() - 2);
+  TORCH_CHECK_VALUE(x.dim() == w1.dim() && x.size(-1) == w1.size(-2) && x.sizes().slice(0, x.dim() - 2) == outer,
+                    kName, ": x has shape ", x.sizes(), ", expected ", outer, " (num_experts), then [n, ",
+                    w1.size(-2), "]");
   const auto rows = x.reshape({-1, x.size(-1)});
   const auto index = rows.options().dtype(at::kLong);
   const auto row = at::arange(rows.size(0), index);

@@ -1,13 +1,13 @@
-// Choice, plan and queues as ATen calls: the path for any device, and for shapes in compiled graphs' fall-backs.
+// Choice, plan and queues as ATen calls: the path for any device.
 //
 // Legend: T tokens, K top_k, E experts, G groups, N = T·K choices.
 #include "../checks.h"
+#include "../routing_backends.h"
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
 namespace turnout::ops {
-namespace {
 
 at::Tensor topk_aten(const at::Tensor& scores, int64_t top_k) {
   check_topk(scores, top_k);
@@ -16,25 +16,15 @@ at::Tensor topk_aten(const at::Tensor& scores, int64_t top_k) {
   return ids.narrow(-1, 0, top_k).contiguous();
 }
 
-// On the CPU the error names the first bad id; elsewhere looking for it would make the host wait for the device.
-void check_ids(const at::Tensor& ids_N, int64_t top_k, int64_t num_experts) {
-  const auto good_N = ids_N.ge(-1).logical_and(ids_N.lt(num_experts));
-  if (!ids_N.device().is_cpu()) {
-    at::_assert_async(good_N.all(), "turnout::plan: topk_ids holds an id that is neither -1 nor one of the experts");
-    return;
-  }
-  const auto bad = good_N.logical_not().nonzero();
-  if (bad.size(0) == 0) return;
-  const auto choice = bad[0].item<int64_t>();
-  TORCH_CHECK_VALUE(false, "turnout::plan: topk_ids[", choice / top_k, ", ", choice % top_k, "] is ",
-                    ids_N[choice].item<int64_t>(), ", expected -1 or 0 to ", num_experts - 1);
-}
+namespace {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_aten(const at::Tensor& topk_ids, int64_t num_experts) {
   check_plan(topk_ids, num_experts);
   const auto top_k = topk_ids.size(1);
   const auto ids_N = topk_ids.to(at::kLong).flatten();
-  check_ids(ids_N, top_k, num_experts);
+  // An asynchronous assert: looking for the bad id would make the host wait for the device.
+  at::_assert_async(ids_N.ge(-1).logical_and(ids_N.lt(num_experts)).all(),
+                    "turnout::plan: topk_ids holds an id that is neither -1 nor one of the experts");
   const auto key_N = at::where(ids_N.lt(0), num_experts, ids_N);  // what is not sent sorts last
   const auto [sorted_N, choice_of_row] = key_N.sort(/*stable=*/true, /*dim=*/0, /*descending=*/false);
   const auto counts = at::zeros({num_experts + 1}, ids_N.options()).scatter_add(0, key_N, at::ones_like(key_N));
