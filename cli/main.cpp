@@ -46,6 +46,8 @@ int run(int argc, char** argv) {
     return 0;
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == 0) return program.exit(error);
+    if (argc > 1 && argv[1][0] != '-' && program.get_subcommands().empty())
+      return fail(2, fmt::format("unknown subcommand '{}', expected compare, train or generate (see --help)", argv[1]));
     return fail(2, std::string(error.what()) + " (see --help)");
   } catch (const turnout::cli::Interrupted& stop) {
     return fail(130, stop.what());

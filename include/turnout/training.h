@@ -14,11 +14,11 @@
 namespace turnout {
 
 struct TrainingOptions {
-  int64_t batch = 16;            ///< sequences a step, each of the model's context
+  int64_t batch = 8;             ///< sequences a step, each of the model's context
   int64_t steps = 1000;          ///< in all; the schedule ends here
-  double learning_rate = 2e-3;   ///< at its peak
+  double learning_rate = 4e-3;   ///< at its peak
   double final_fraction = 0.05;  ///< learning rate at the end, as a fraction of the peak
-  int64_t warmup_steps = 50;     ///< linear rise to the peak; a cosine follows
+  int64_t warmup_steps = 100;    ///< linear rise to the peak; a cosine follows
   double weight_decay = 0.1;     ///< of matrices; not of norms, biases, embeddings
   double beta1 = 0.9;            ///< AdamW, arXiv:1711.05101
   double beta2 = 0.95;
@@ -100,6 +100,7 @@ class Trainer {
   std::map<std::string, at::Tensor> optimizer_tensors() const;
   double clip_and_update();
   void refuse_divergence(const at::Tensor& tokens, double loss);
+  [[noreturn]] void refuse_gradient(double norm) const;
 
   std::shared_ptr<const ByteText> text_;
   std::vector<Group> groups_;

@@ -45,7 +45,7 @@ struct LanguageModelOptions {
   LayerPattern pattern = LayerPattern::every;   ///< which layers are sparse
   int64_t ffn = 512;                            ///< width of dense layers and of the dense half of a hybrid one
   double alpha = 0.5;                           ///< share of the dense half in a hybrid layer
-  Activation activation = Activation::silu;     ///< of dense networks and experts; replaces moe.activation
+  Activation activation = Activation::gelu;     ///< of dense networks and experts; replaces moe.activation
   bool bias = false;                            ///< of dense networks and experts; replaces moe.bias
   bool tied_head = false;                       ///< the head shares the weights of the token embedding
   MoEOptions moe{.ffn = 256, .num_experts = 16};///< hidden, activation and bias are set from the fields above

@@ -35,7 +35,7 @@ void AtomicFile::fail(const char* action) const {
 }
 
 AtomicFile::AtomicFile(std::string path) : path_(std::move(path)), partial_(path_ + ".partial") {
-  file_ = open(partial_.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0666);
+  file_ = open(partial_.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666);
   if (file_ < 0) fail("write");
   if (flock(file_, LOCK_EX | LOCK_NB) != 0 || !same_file(file_, partial_)) {
     close(file_);

@@ -131,6 +131,16 @@ void Trainer::refuse_divergence(const at::Tensor& tokens, double loss) {
                         "the loss is " + std::to_string(loss) + "; a lower learning rate may help");
 }
 
+void Trainer::refuse_gradient(double norm) const {
+  // The backward runs from the head down: the last parameter that it spoiled is the nearest to the cause.
+  std::string nearest;
+  for (const auto& item : model->named_parameters())
+    if (item.value().grad().defined() && !item.value().grad().isfinite().all().item<bool>()) nearest = item.key();
+  if (nearest.empty())
+    throw DivergenceError(steps_done_ + 1, "loss", "the norm of the gradient is " + std::to_string(norm));
+  throw DivergenceError(steps_done_ + 1, place_of(nearest), "the gradient of " + nearest + " is not finite");
+}
+
 double Trainer::clip_and_update() {
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> norms;
@@ -144,14 +154,7 @@ double Trainer::clip_and_update() {
   }
   const at::Tensor norm = at::linalg_vector_norm(at::stack(norms));
   const double value = norm.item<double>();
-  if (!std::isfinite(value)) {
-    size_t n = 0;
-    for (const Group& group : groups_)
-      for (const std::string& name : group.names)
-        if (!std::isfinite(norms[n++].item<double>()))
-          throw DivergenceError(steps_done_ + 1, place_of(name), "the gradient of " + name + " is not finite");
-    throw DivergenceError(steps_done_ + 1, "loss", "the norm of the gradient is " + std::to_string(value));
-  }
+  if (!std::isfinite(value)) refuse_gradient(value);
   const at::Tensor divisor = (norm / options.clip).clamp_min(1.0);
   const double rate = learning_rate(options, steps_done_);
   for (size_t g = 0; g < groups_.size(); ++g) {
