@@ -1,6 +1,6 @@
-// Trains an MoE layer for one step and prints what a test can check.
+// Trains an MoE layer for a step: the C++ example of the README.
 #include <turnout/moe.h>
-#include <turnout/version.h>
+#include <turnout/runtime.h>
 
 #include <ATen/ATen.h>
 
@@ -8,15 +8,18 @@
 
 int main() {
   turnout::MoEOptions options;
-  options.hidden = 8;
-  options.ffn = 16;
-  options.num_experts = 4;
+  options.hidden = 64;
+  options.ffn = 128;
+  options.num_experts = 8;
+  options.top_k = 2;
+  options.activation = turnout::Activation::swiglu;
   turnout::MoE moe(options);
-  const auto out = moe(at::randn({2, 5, 8}));
-  (out.output.pow(2).sum() + out.aux_loss).backward();
-  for (const auto& parameter : moe->parameters()) {
-    if (!parameter.grad().defined()) return 1;
-  }
-  std::cout << "turnout " << TURNOUT_VERSION << " torch " << TURNOUT_TORCH_VERSION << " output " << out.output.sizes()
-            << "\n";
+
+  const auto x = at::randn({4, 16, 64});  // [batch, sequence, hidden]
+  const auto out = moe(x);
+  (out.output.square().mean() + out.aux_loss).backward();
+
+  std::cout << "output " << out.output.sizes() << "\n";
+  std::cout << "rows of the 8 experts: " << out.plan.tokens_per_expert().sum().item<int64_t>() << "\n";
+  std::cout << "turnout " << turnout::version() << " for torch " << turnout::built_for_torch() << "\n";
 }
