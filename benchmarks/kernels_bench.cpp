@@ -1,8 +1,8 @@
 // The kernels against the machine's own limits: shares of the register peak and of the read bandwidth.
 //
 // Usage: kernels_bench [filter [threads [seconds a case]]]. One thread is timed by its own CPU time, several by the
-// wall clock. Peak and cases alternate in one run; the median of both is shown. The figure is arithmetic only: 2 flops a
-// multiply-add of the products; routing is prepared outside, as it is in every peer.
+// wall clock. Peak and cases alternate in one run; the median of both is shown. The figure is arithmetic only: 2 flops
+// a multiply-add of the products; routing is prepared outside, as it is in every peer.
 #include <immintrin.h>
 #include <sys/mman.h>
 #include <time.h>
@@ -51,9 +51,10 @@ class Pool {
     ParallelFor p;
     p.threads = n_;
     p.pool = this;
-    if (n_ > 1) p.run = [](void* self, int64_t n, void* body, ParallelFor::Body call) {
-      static_cast<Pool*>(self)->run(n, body, call);
-    };
+    if (n_ > 1)
+      p.run = [](void* self, int64_t n, void* body, ParallelFor::Body call) {
+        static_cast<Pool*>(self)->run(n, body, call);
+      };
     return p;
   }
 
@@ -85,15 +86,16 @@ class Pool {
 };
 
 // 24 chains: 2 ports × 4 cycles of latency need 8 at least. Registers are named, so that nothing is spilled.
-#define CHAIN4(op, a, b, c, d)                                                                          \
-  op " %%zmm31, %%zmm30, %%zmm" #a "\n" op " %%zmm31, %%zmm30, %%zmm" #b "\n" op " %%zmm31, %%zmm30, %%zmm" #c \
-     "\n" op " %%zmm31, %%zmm30, %%zmm" #d "\n"
-#define CHAIN24(op)                                                                                      \
-  CHAIN4(op, 0, 1, 2, 3) CHAIN4(op, 4, 5, 6, 7) CHAIN4(op, 8, 9, 10, 11) CHAIN4(op, 12, 13, 14, 15)      \
-      CHAIN4(op, 16, 17, 18, 19) CHAIN4(op, 20, 21, 22, 23)
-#define CLOBBERS                                                                                              \
-  "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", \
-      "xmm13", "xmm14", "xmm15"
+#define CHAIN4(op, a, b, c, d)                                                                                         \
+  op " %%zmm31, %%zmm30, %%zmm" #a "\n" op " %%zmm31, %%zmm30, %%zmm" #b "\n" op " %%zmm31, %%zmm30, %%zmm" #c "\n" op \
+     " %%zmm31, %%zmm30, %%zmm" #d "\n"
+#define CHAIN24(op)                                                                                     \
+  CHAIN4(op, 0, 1, 2, 3)                                                                                \
+  CHAIN4(op, 4, 5, 6, 7) CHAIN4(op, 8, 9, 10, 11) CHAIN4(op, 12, 13, 14, 15) CHAIN4(op, 16, 17, 18, 19) \
+      CHAIN4(op, 20, 21, 22, 23)
+#define CLOBBERS                                                                                                      \
+  "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", \
+      "xmm14", "xmm15"
 
 void spin(bool bf16, int64_t n) {
   if (bf16)
@@ -104,10 +106,12 @@ void spin(bool bf16, int64_t n) {
 
 /// zmm registers start at zero, so that no denormal or NaN slows the loop.
 void clear_registers() {
-  asm volatile("vzeroall\nvpxord %%zmm30,%%zmm30,%%zmm30\nvpxord %%zmm31,%%zmm31,%%zmm31\n"
-               "vpxord %%zmm16,%%zmm16,%%zmm16\nvpxord %%zmm17,%%zmm17,%%zmm17\nvpxord %%zmm18,%%zmm18,%%zmm18\n"
-               "vpxord %%zmm19,%%zmm19,%%zmm19\nvpxord %%zmm20,%%zmm20,%%zmm20\nvpxord %%zmm21,%%zmm21,%%zmm21\n"
-               "vpxord %%zmm22,%%zmm22,%%zmm22\nvpxord %%zmm23,%%zmm23,%%zmm23\n" ::: CLOBBERS);
+  asm volatile(
+      "vzeroall\nvpxord %%zmm30,%%zmm30,%%zmm30\nvpxord %%zmm31,%%zmm31,%%zmm31\n"
+      "vpxord %%zmm16,%%zmm16,%%zmm16\nvpxord %%zmm17,%%zmm17,%%zmm17\nvpxord %%zmm18,%%zmm18,%%zmm18\n"
+      "vpxord %%zmm19,%%zmm19,%%zmm19\nvpxord %%zmm20,%%zmm20,%%zmm20\nvpxord %%zmm21,%%zmm21,%%zmm21\n"
+      "vpxord %%zmm22,%%zmm22,%%zmm22\nvpxord %%zmm23,%%zmm23,%%zmm23\n" ::
+          : CLOBBERS);
 }
 
 /// Flops a second of the registers of all threads, over about 10 ms.
@@ -130,7 +134,10 @@ double bandwidth(const char* p, int64_t bytes, const ParallelFor& parallel) {
       __builtin_prefetch(q + 8256);
       __builtin_prefetch(q + 8320);
       __builtin_prefetch(q + 8384);
-      for (int i = 0; i < 4; ++i) asm volatile("vmovups %0, %%zmm0" ::"m"(*reinterpret_cast<const char(*)[64]>(q + 64 * i)) : "xmm0");
+      for (int i = 0; i < 4; ++i) {
+        const auto& line = *reinterpret_cast<const char(*)[64]>(q + 64 * i);
+        asm volatile("vmovups %0, %%zmm0" ::"m"(line) : "xmm0");
+      }
     }
   });
   return static_cast<double>(bytes) / (now() - t);
@@ -187,14 +194,18 @@ class Bank {
   }
   /// Gradients in pages never touched, as autograd gives them.
   void fresh_gradients() {
-    for (char* p : {grad_up_.get(), grad_down_.get()})
-      madvise(p, static_cast<size_t>(p == grad_up_.get() ? up_n_ : down_n_) * static_cast<size_t>(s_.experts) * size_of(type_), MADV_DONTNEED);
+    const auto drop = [&](char* p, int64_t n) {
+      madvise(p, static_cast<size_t>(n * s_.experts) * size_of(type_), MADV_DONTNEED);
+    };
+    drop(grad_up_.get(), up_n_);
+    drop(grad_down_.get(), down_n_);
   }
   double flops() const { return 2.0 * static_cast<double>(offsets_.back()) * static_cast<double>(up_n_ + down_n_); }
   double weight_bytes() const {
     double n = 0;
     for (int64_t e = 0; e < s_.experts; ++e)
-      if (offsets_[static_cast<size_t>(e)] != offsets_[static_cast<size_t>(e) + 1]) n += static_cast<double>(up_n_ + down_n_);
+      if (offsets_[static_cast<size_t>(e)] != offsets_[static_cast<size_t>(e) + 1])
+        n += static_cast<double>(up_n_ + down_n_);
     return n * static_cast<double>(size_of(type_));
   }
 
@@ -248,8 +259,9 @@ void show(const std::string& name, double work, const char* unit, double seconds
   }
   std::vector<double> sorted = shares;
   std::sort(sorted.begin(), sorted.end());
-  std::printf("%-58s %8.1f %s  %5.1f %%  (%.1f to %.1f, %zu runs)\n", name.c_str(), median(rates), unit,
-              100 * median(shares), 100 * sorted[sorted.size() / 4], 100 * sorted[sorted.size() * 3 / 4], shares.size());
+  const double low = 100 * sorted[sorted.size() / 4], high = 100 * sorted[sorted.size() * 3 / 4];
+  std::printf("%-40s %8.1f %s  %5.1f %%  (%.1f to %.1f, %zu runs)\n", name.c_str(), median(rates), unit,
+              100 * median(shares), low, high, shares.size());
   std::fflush(stdout);
 }
 
@@ -280,12 +292,14 @@ int main(int argc, char** argv) {
       if (decode && !bf16) continue;
       const std::string base = std::string(s.name) + (bf16 ? " bf16 " : " fp32 ");
       const auto wanted = [&](const std::string& kind) { return (base + kind).find(filter) != std::string::npos; };
-      const char* kinds[] = {"forward packed", "forward plain", "forward save", "backward", "step", "step recompute", "step fresh"};
+      const char* kinds[] = {"forward packed", "forward plain",  "forward save", "backward",
+                             "step",           "step recompute", "step fresh"};
       if (std::none_of(std::begin(kinds), std::end(kinds), wanted)) continue;
       Bank bank(s, t);
       const PackedExperts packed(impl, bank.problem(), parallel);
       if (decode) {
-        const auto read = [&] { return bandwidth(static_cast<const char*>(packed.up(0)), int64_t{200} << 20, parallel); };
+        const char* memory = static_cast<const char*>(packed.up(0));
+        const auto read = [&] { return bandwidth(memory, int64_t{200} << 20, parallel); };
         for (const bool plain : {false, true})
           if (wanted(kinds[plain]))
             show(base + kinds[plain], bank.weight_bytes(), "GB/s", seconds, read,
@@ -293,19 +307,21 @@ int main(int argc, char** argv) {
         continue;
       }
       const auto top = [&] { return peak(bf16, parallel); };
-      const double f = bank.flops();
-      if (wanted(kinds[0])) show(base + kinds[0], f, "GF/s", seconds, top, [&] { bank.forward(impl, &packed, false, parallel); });
-      if (wanted(kinds[1])) show(base + kinds[1], f, "GF/s", seconds, top, [&] { bank.forward(impl, nullptr, false, parallel); });
-      if (wanted(kinds[2])) show(base + kinds[2], f, "GF/s", seconds, top, [&] { bank.forward(impl, nullptr, true, parallel); });
-      if (wanted(kinds[3])) show(base + kinds[3], 2 * f, "GF/s", seconds, top, [&] { bank.backward(impl, false, parallel); });
       const auto step = [&](bool recompute, bool fresh) {
         if (fresh) bank.fresh_gradients();
         bank.forward(impl, nullptr, !recompute, parallel);
         bank.backward(impl, recompute, parallel);
       };
-      if (wanted(kinds[4])) show(base + kinds[4], 3 * f, "GF/s", seconds, top, [&] { step(false, false); });
-      if (wanted(kinds[5])) show(base + kinds[5], 3 * f, "GF/s", seconds, top, [&] { step(true, false); });
-      if (wanted(kinds[6])) show(base + kinds[6], 3 * f, "GF/s", seconds, top, [&] { step(false, true); });
+      const auto time = [&](int kind, double forwards, const auto& run) {
+        if (wanted(kinds[kind])) show(base + kinds[kind], forwards * bank.flops(), "GF/s", seconds, top, run);
+      };
+      time(0, 1, [&] { bank.forward(impl, &packed, false, parallel); });
+      time(1, 1, [&] { bank.forward(impl, nullptr, false, parallel); });
+      time(2, 1, [&] { bank.forward(impl, nullptr, true, parallel); });
+      time(3, 2, [&] { bank.backward(impl, false, parallel); });
+      time(4, 3, [&] { step(false, false); });
+      time(5, 3, [&] { step(true, false); });
+      time(6, 3, [&] { step(false, true); });
     }
   return 0;
 }

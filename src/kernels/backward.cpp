@@ -15,12 +15,12 @@ namespace turnout::kernels {
 namespace {
 
 enum Stage { kPack, kUp, kHidden, kInput, kWeightUp, kWeightDown, kBiasUp, kBiasDown, kZero, kCombine };
-constexpr size_t kRing = 3;                           // batches alive at a time …
-constexpr int64_t kRingBytes = int64_t{48} << 20;     // … or two, where three would take more than this
-constexpr int64_t kBatchRows = 256;                   // rows of a batch of small experts
+constexpr size_t kRing = 3;                        // batches alive at a time …
+constexpr int64_t kRingBytes = int64_t{48} << 20;  // … or two, where three would take more than this
+constexpr int64_t kBatchRows = 256;                // rows of a batch of small experts
 constexpr int64_t kCombineTokens = 32;
 constexpr int64_t kStripWords = 96 * kWeightChunkWords;  // of a block of a weight gradient: 384 KB
-constexpr int64_t kCacheBytes = int64_t{8} << 20;     // gradients beyond this are written past the caches
+constexpr int64_t kCacheBytes = int64_t{8} << 20;        // gradients beyond this are written past the caches
 
 struct Item {
   int64_t expert, row, rows;
@@ -42,8 +42,13 @@ class Backward {
  public:
   Backward(const Stages& s, const ExpertsProblem& q, const void* saved_up, const void* grad_y, int64_t grad_y_stride,
            const ExpertsGradients& grad, const ParallelFor& parallel)
-      : s_(s), q_(q), grad_(grad), saved_(static_cast<const char*>(saved_up)), bf16_(q.dtype == DType::bf16),
-        threads_(std::max(parallel.threads, 1)), items_(items_of(q)),
+      : s_(s),
+        q_(q),
+        grad_(grad),
+        saved_(static_cast<const char*>(saved_up)),
+        bf16_(q.dtype == DType::bf16),
+        threads_(std::max(parallel.threads, 1)),
+        items_(items_of(q)),
         batches_(batches_of(items_, std::max(items_.empty() ? 0 : items_.front().rows, kBatchRows))) {
     plan_ring();
     plan_schedule();
@@ -217,24 +222,28 @@ class Backward {
     char* xp = wants_up() ? m_.xp + it.slot_word * hidden_panels() * s_.panel * 4 : nullptr;
     const auto out = [&](void* const* list) { return static_cast<char*>(list[it.expert]); };
     switch (static_cast<Stage>(t.stage)) {
-      case kPack: return s_.pack_rows({x, q_.hidden, bf16_, xp, t.begin, t.end});
-      case kUp: return s_.up({&q_, it.expert, x, nullptr, t.begin, t.end, nullptr, 0, u, worker});
+      case kPack:
+        return s_.pack_rows({x, q_.hidden, bf16_, xp, t.begin, t.end});
+      case kUp:
+        return s_.up({&q_, it.expert, x, nullptr, t.begin, t.end, nullptr, 0, u, worker});
       case kHidden:
         return s_.hidden_grad({&q_, it.expert, g, m_.weight + it.row, u, t.begin, t.end,
                                m_.du + it.slot_row * du_stride_, du_stride_, wh, m_.dots + it.row * ffn_panels(),
                                ffn_panels(), worker});
       case kInput:
-        return s_.input_grad({&q_, it.expert, du, t.begin, t.end, m_.slots + it.row * slot_stride_, slot_stride_,
-                              worker});
+        return s_.input_grad(
+            {&q_, it.expert, du, t.begin, t.end, m_.slots + it.row * slot_stride_, slot_stride_, worker});
       case kWeightUp:
         return s_.weight_grad({du, xp, q_.hidden, t.begin, t.end, out(grad_.up), bf16_, streaming_, worker});
       case kWeightDown:
         return s_.weight_grad({g, wh, q_.ffn, t.begin, t.end, out(grad_.down), bf16_, streaming_, worker});
-      case kBiasUp: return s_.bias_grad({du, nullptr, out(grad_.up_bias), bf16_, t.begin, t.end});
+      case kBiasUp:
+        return s_.bias_grad({du, nullptr, out(grad_.up_bias), bf16_, t.begin, t.end});
       case kBiasDown:
         return s_.bias_grad({g, m_.weight + it.row, out(grad_.down_bias), bf16_, t.begin, t.end});
       case kZero:
-      case kCombine: return;
+      case kCombine:
+        return;
     }
   }
 

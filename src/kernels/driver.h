@@ -22,8 +22,8 @@ inline int64_t worker_bytes(const Stages& s, int64_t weight) {
   return round_up(std::max(strips + sums + rows, weight), 4096) + 64;
 }
 
-/// Rows of x (or grad_y) as the products read them: in place, or, where bf16 rows have an odd length, copies padded by a
-/// zero, since products read words of two.
+/// Rows of x (or grad_y) as the products read them: in place, or, where bf16 rows have an odd length, copies padded
+/// by a zero, since products read words of two.
 struct TokenRows {
   const char* base;
   int64_t stride;  ///< bytes

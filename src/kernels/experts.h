@@ -11,10 +11,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <type_traits>
 
 namespace turnout::kernels {
 
-enum class DType { f32, bf16, f64 };  // f64 is served by the reference alone
+enum class DType { f32, bf16, f64 };                                   // f64 is served by the reference alone
 enum class Activation { relu, gelu, gelu_tanh, silu, swiglu, geglu };  // gelu and geglu: exact (erf)
 
 /// True where `up` holds 2·ffn rows, the gate's first.

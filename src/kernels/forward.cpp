@@ -1,7 +1,7 @@
 // Forward: segments of an expert's rows go through `up` and `down`, batch after batch; then tokens are combined.
 //
-// `up` of one batch runs beside `down` of the batch before it, so no thread waits while work is left; h of three batches
-// is alive at a time.
+// `up` of one batch runs beside `down` of the batch before it, so no thread waits while work is left; h of three
+// batches is alive at a time.
 #include <stdexcept>
 
 #include "driver.h"
@@ -25,10 +25,10 @@ std::vector<Segment> segments_of(const ExpertsProblem& q) {
   for (int64_t e = 0; e < q.num_experts; ++e) {
     const int64_t begin = q.expert_offsets[e], rows = q.expert_offsets[e + 1] - begin;
     const int64_t n = div_up(rows, kSegmentRows);
-    for (int64_t i = 0; i < n; ++i)
-      segments.push_back({e, begin + rows * i / n, rows * (i + 1) / n - rows * i / n});
+    for (int64_t i = 0; i < n; ++i) segments.push_back({e, begin + rows * i / n, rows * (i + 1) / n - rows * i / n});
   }
-  std::stable_sort(segments.begin(), segments.end(), [](const Segment& a, const Segment& b) { return a.rows > b.rows; });
+  std::stable_sort(segments.begin(), segments.end(),
+                   [](const Segment& a, const Segment& b) { return a.rows > b.rows; });
   return segments;
 }
 
@@ -40,8 +40,8 @@ struct Memory {
   float* slots;
   char* workers;
 
-  Memory(Arena& arena, const ExpertsProblem& q, int64_t h_rows_n, int64_t h_stride, int64_t slot_stride,
-         int64_t worker, int threads) {
+  Memory(Arena& arena, const ExpertsProblem& q, int64_t h_rows_n, int64_t h_stride, int64_t slot_stride, int64_t worker,
+         int threads) {
     x_rows = arena.take<const char*>(q.rows);
     h_rows = arena.take<const char*>(h_rows_n);
     padded = arena.take<char>(TokenRows::padded_bytes(q));
@@ -124,12 +124,27 @@ void forward_stages(const Stages& s, const ExpertsProblem& q, const PackedExpert
       char* saved = static_cast<char*>(saved_up);
       if (saved) saved += g.row * q.up_rows() * static_cast<int64_t>(element);
       const char* weights = packed ? static_cast<const char*>(packed->up(g.expert)) : nullptr;
-      s.up({&q, g.expert, {m.x_rows + g.row, g.rows}, weights, t.begin, t.end, m.h + g.h_row * h_stride, h_stride,
-            saved, memory});
+      s.up({&q,
+            g.expert,
+            {m.x_rows + g.row, g.rows},
+            weights,
+            t.begin,
+            t.end,
+            m.h + g.h_row * h_stride,
+            h_stride,
+            saved,
+            memory});
     } else {
       const char* weights = packed ? static_cast<const char*>(packed->down(g.expert)) : nullptr;
-      s.down({&q, g.expert, {m.h_rows + g.h_row, g.rows}, weights, t.begin, t.end, m.slots + g.row * slot_stride,
-              slot_stride, memory});
+      s.down({&q,
+              g.expert,
+              {m.h_rows + g.h_row, g.rows},
+              weights,
+              t.begin,
+              t.end,
+              m.slots + g.row * slot_stride,
+              slot_stride,
+              memory});
     }
   });
 }

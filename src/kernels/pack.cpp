@@ -9,8 +9,7 @@ namespace turnout::kernels {
 
 void PackedExperts::Free::operator()(char* p) const { huge_free(p); }
 
-PackedExperts::PackedExperts(const Implementation& implementation, const ExpertsProblem& q,
-                             const ParallelFor& parallel)
+PackedExperts::PackedExperts(const Implementation& implementation, const ExpertsProblem& q, const ParallelFor& parallel)
     : implementation_(&implementation),
       hidden_(q.hidden),
       ffn_(q.ffn),

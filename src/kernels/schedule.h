@@ -12,8 +12,8 @@ namespace turnout::kernels {
 struct Task {
   int stage;
   int64_t item, begin, end;
-  int group;        ///< the group it belongs to
-  int after[2];     ///< groups that must be complete first, or -1
+  int group;     ///< the group it belongs to
+  int after[2];  ///< groups that must be complete first, or -1
 };
 
 /// Tasks in the order in which threads take them.

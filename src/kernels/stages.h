@@ -22,9 +22,9 @@ struct UpArgs {
   RowSet x;            ///< rows of x, even number of elements in bf16
   const char* packed;  ///< the expert's panels, or null: problem.up
   int64_t begin, end;
-  char* h;             ///< [rows] of h_stride bytes, or null
+  char* h;  ///< [rows] of h_stride bytes, or null
   int64_t h_stride;
-  char* saved;         ///< [rows, up_rows] contiguous, or null
+  char* saved;  ///< [rows, up_rows] contiguous, or null
   char* worker;
 };
 
@@ -35,7 +35,7 @@ struct DownArgs {
   RowSet h;
   const char* packed;
   int64_t begin, end;
-  float* out;          ///< [rows] of out_stride floats, a multiple of a panel
+  float* out;  ///< [rows] of out_stride floats, a multiple of a panel
   int64_t out_stride;
   char* worker;
 };
@@ -45,7 +45,7 @@ struct CombineArgs {
   const ExpertsProblem* problem;
   const float* slots;  ///< [rows] of slot_stride floats
   int64_t slot_stride;
-  bool weighted;       ///< false: w = 1
+  bool weighted;  ///< false: w = 1
   char* y;
   int64_t begin, end;
 };
@@ -58,10 +58,10 @@ struct HiddenGradArgs {
   const float* weight;  ///< [rows] routing weight of each row
   const char* saved;    ///< [rows, up_rows]
   int64_t begin, end;
-  char* du;             ///< [rows] of du_stride bytes
+  char* du;  ///< [rows] of du_stride bytes
   int64_t du_stride;
-  char* wh;             ///< panels of weight·h over the rows, or null
-  float* dots;          ///< [rows] of dot_stride floats, one a panel of ffn
+  char* wh;     ///< panels of weight·h over the rows, or null
+  float* dots;  ///< [rows] of dot_stride floats, one a panel of ffn
   int64_t dot_stride;
   char* worker;
 };
@@ -80,12 +80,12 @@ struct InputGradArgs {
 /// out[p, q] = Σ_rows a[row][p] · b[row][q], p in [begin, end).
 struct WeightGradArgs {
   RowSet a;
-  const char* b;    ///< panels over the rows
-  int64_t q;        ///< columns of out
+  const char* b;  ///< panels over the rows
+  int64_t q;      ///< columns of out
   int64_t begin, end;
-  char* out;        ///< [.., q] in the problem's type
+  char* out;  ///< [.., q] in the problem's type
   bool bf16;
-  bool streaming;   ///< out is too big for the caches
+  bool streaming;  ///< out is too big for the caches
   char* worker;
 };
 
@@ -108,8 +108,8 @@ struct BiasGradArgs {
 };
 
 struct Stages {
-  int64_t lanes, panel;     ///< words
-  int64_t weight_rows;      ///< rows of a weight gradient are handed out in multiples of this
+  int64_t lanes, panel;  ///< words
+  int64_t weight_rows;   ///< rows of a weight gradient are handed out in multiples of this
   void (*up)(const UpArgs&);
   void (*down)(const DownArgs&);
   void (*combine)(const CombineArgs&);

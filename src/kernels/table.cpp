@@ -20,6 +20,9 @@ std::string missing([[maybe_unused]] std::string_view name) {
     TURNOUT_NEED("fma");
     TURNOUT_NEED("bmi");
     TURNOUT_NEED("bmi2");
+    TURNOUT_NEED("f16c");
+    TURNOUT_NEED("lzcnt");
+    TURNOUT_NEED("movbe");
   }
   if (name == "avx512_bf16" || name == "avx512") {
     TURNOUT_NEED("avx512f");
@@ -58,12 +61,12 @@ const Implementation& choose() {
 const std::vector<Implementation>& implementations() {
   static const std::vector<Implementation> list = {
 #if defined(TURNOUT_KERNELS_X86)
-      {"avx512_bf16", "AVX-512 F, BW, CD, DQ, VL and BF16", &kAvx512Bf16Stages, false},
-      {"avx512", "AVX-512 F, BW, CD, DQ, VL", &kAvx512Stages, false},
-      {"avx2", "AVX2, FMA, BMI2", &kAvx2Stages, false},
+    {"avx512_bf16", "AVX-512 F, BW, CD, DQ, VL and BF16", &kAvx512Bf16Stages, false},
+    {"avx512", "AVX-512 F, BW, CD, DQ, VL", &kAvx512Stages, false},
+    {"avx2", "AVX2, FMA, BMI2", &kAvx2Stages, false},
 #endif
-      {"portable", "any CPU", &kPortableStages, false},
-      {"reference", "any CPU", nullptr, true},
+    {"portable", "any CPU", &kPortableStages, false},
+    {"reference", "any CPU", nullptr, true},
   };
   return list;
 }

@@ -14,9 +14,9 @@ struct Stages;  // stages.h
 /// One implementation of the experts. `stages` is null for the reference, which has no tasks.
 struct Implementation {
   const char* name;
-  const char* needs;     ///< the CPU features it is compiled for, in words
+  const char* needs;  ///< the CPU features it is compiled for, in words
   const Stages* stages;
-  bool by_force_only;    ///< never chosen by itself
+  bool by_force_only;  ///< never chosen by itself
 };
 
 /// One line of the report on the choice.

@@ -83,10 +83,10 @@ struct Config {
   Activation activation = Activation::gelu;
   bool bias = false;
   int64_t tokens = 8, hidden = 32, ffn = 32, experts = 4, top_k = 2;
-  bool integers = false;     ///< weights and x in {-1, 0, 1}: every sum is exact
-  double dropped = 0;        ///< share of choices that are not sent
-  bool one_expert = false;   ///< every token's first choice is expert 0, the others are not sent
-  int64_t skew = 0;          ///< elements by which pointers are off a cache line
+  bool integers = false;    ///< weights and x in {-1, 0, 1}: every sum is exact
+  double dropped = 0;       ///< share of choices that are not sent
+  bool one_expert = false;  ///< every token's first choice is expert 0, the others are not sent
+  int64_t skew = 0;         ///< elements by which pointers are off a cache line
   uint32_t seed = 1;
 };
 
@@ -212,10 +212,12 @@ class Bank {
   std::vector<int64_t> offsets_, token_of_row_, row_of_choice_;
 };
 
-/// "" where `got` is within `relative` · (|want| + max |want|) of `want`, else the worst element in words.
+/// "" where `got` is within `relative` · (|want| + max |want|) of `want`, else the first bad element in words.
+/// The maximum counts as 0.1 at least: sums are built of terms of that order (inputs are within ±1) even where they
+/// cancel.
 inline std::string compare(const Buffer& got, const Buffer& want, double relative) {
   if (!got.intact()) return "wrote behind the end";
-  double scale = 0;
+  double scale = 0.1;
   for (int64_t i = 0; i < want.size(); ++i) scale = std::max(scale, std::abs(want.get(i)));
   for (int64_t i = 0; i < want.size(); ++i) {
     const double g = got.get(i), w = want.get(i);

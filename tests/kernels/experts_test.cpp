@@ -62,8 +62,8 @@ TEST_P(Experts, EveryActivationBiasAndRowCount) {
 
 // reductions that take several passes, several segments of rows, several passes of a weight gradient
 TEST_P(Experts, BigSizes) {
-  for (const auto& [tokens, hidden, ffn] : {std::tuple<int64_t, int64_t, int64_t>{40, 33, 4500}, {30, 4300, 40},
-                                            {2300, 40, 36}, {1100, 33, 4500}}) {
+  for (const auto& [tokens, hidden, ffn] :
+       {std::tuple<int64_t, int64_t, int64_t>{40, 33, 4500}, {30, 4300, 40}, {2300, 40, 36}, {1100, 33, 4500}}) {
     if (impl().name == std::string("portable") && tokens * ffn > 1000000) continue;
     Config c = config();
     c.activation = Activation::swiglu;

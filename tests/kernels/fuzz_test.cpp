@@ -35,7 +35,8 @@ int fuzz(uint32_t cases, uint32_t first) {
     const Bank bank(c);
     const Outputs want = bank.run(find("reference"));
     for (const Implementation* impl : runnable()) {
-      const std::string wrong = compare(bank.run(*impl, 1 + seed % 2, seed % 3 == 0, seed % 5 == 0), want, bound(c), c.bias);
+      const Outputs got = bank.run(*impl, 1 + static_cast<int>(seed % 2), seed % 3 == 0, seed % 5 == 0);
+      const std::string wrong = compare(got, want, bound(c), c.bias);
       if (wrong.empty()) continue;
       std::printf("seed %u, %s: %s\n", seed, impl->name, wrong.c_str());
       return 1;

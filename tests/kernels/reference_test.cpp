@@ -28,8 +28,8 @@ void expect_gradient(Bank& bank, Buffer& input, int64_t i, double got, const cha
 }
 
 TEST(Reference, GradientsMatchFiniteDifferences) {
-  for (Activation a : {Activation::gelu, Activation::gelu_tanh, Activation::silu, Activation::swiglu,
-                       Activation::geglu}) {
+  for (Activation a :
+       {Activation::gelu, Activation::gelu_tanh, Activation::silu, Activation::swiglu, Activation::geglu}) {
     Config c;
     c.dtype = DType::f64, c.activation = a, c.bias = true;
     c.tokens = 5, c.hidden = 4, c.ffn = 3, c.experts = 3, c.top_k = 2, c.dropped = 0.2;

@@ -19,7 +19,8 @@ struct bf16 {
   explicit bf16(double d) {
     const float f = static_cast<float>(d);
     const uint32_t u = std::bit_cast<uint32_t>(f);
-    bits = f != f ? static_cast<uint16_t>((u >> 16) | 0x40) : static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+    const uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16, quiet = (u >> 16) | 0x40;
+    bits = static_cast<uint16_t>(f != f ? quiet : rounded);
   }
   operator double() const { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
 };
@@ -47,7 +48,8 @@ double act(Activation a, double x, double* d) {
       return 0.5 * x * (1 + t);
     }
     case Activation::gelu:
-    case Activation::geglu: break;
+    case Activation::geglu:
+      break;
   }
   const double cdf = 0.5 * std::erfc(-x * kSqrtHalf);
   *d = cdf + x * kInvSqrt2Pi * std::exp(-0.5 * x * x);
@@ -158,8 +160,7 @@ void backward_as(const ExpertsProblem& q, const T* saved_RU, const T* grad_y, in
       const double w = weight_R[n(r)];
       // u, rounded as forward keeps it
       bank.pre_activation(e, x_D, u_U.data());
-      for (int64_t i = 0; i < U; ++i)
-        u_U[n(i)] = static_cast<double>(saved_RU ? saved_RU[r * U + i] : T(u_U[n(i)]));
+      for (int64_t i = 0; i < U; ++i) u_U[n(i)] = static_cast<double>(saved_RU ? saved_RU[r * U + i] : T(u_U[n(i)]));
       // p = grad_y · down; d topk_weight = ⟨grad_y, a⟩ = ⟨p, h⟩ + ⟨grad_y, bias⟩
       for (int64_t f = 0; f < F; ++f) {
         p_F[n(f)] = 0;

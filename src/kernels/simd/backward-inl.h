@@ -72,12 +72,18 @@ void hidden_grad_as(const HiddenGradArgs& a) {
 template <class V, bool BF>
 void hidden_grad_typed(const HiddenGradArgs& a) {
   switch (a.problem->activation) {
-    case Activation::relu: return hidden_grad_as<V, BF, Activation::relu>(a);
-    case Activation::gelu: return hidden_grad_as<V, BF, Activation::gelu>(a);
-    case Activation::gelu_tanh: return hidden_grad_as<V, BF, Activation::gelu_tanh>(a);
-    case Activation::silu: return hidden_grad_as<V, BF, Activation::silu>(a);
-    case Activation::swiglu: return hidden_grad_as<V, BF, Activation::swiglu>(a);
-    case Activation::geglu: return hidden_grad_as<V, BF, Activation::geglu>(a);
+    case Activation::relu:
+      return hidden_grad_as<V, BF, Activation::relu>(a);
+    case Activation::gelu:
+      return hidden_grad_as<V, BF, Activation::gelu>(a);
+    case Activation::gelu_tanh:
+      return hidden_grad_as<V, BF, Activation::gelu_tanh>(a);
+    case Activation::silu:
+      return hidden_grad_as<V, BF, Activation::silu>(a);
+    case Activation::swiglu:
+      return hidden_grad_as<V, BF, Activation::swiglu>(a);
+    case Activation::geglu:
+      return hidden_grad_as<V, BF, Activation::geglu>(a);
   }
 }
 

@@ -61,12 +61,18 @@ void up_as(const UpArgs& a) {
 template <class V, bool BF>
 void up_typed(const UpArgs& a) {
   switch (a.problem->activation) {
-    case Activation::relu: return up_as<V, BF, Activation::relu>(a);
-    case Activation::gelu: return up_as<V, BF, Activation::gelu>(a);
-    case Activation::gelu_tanh: return up_as<V, BF, Activation::gelu_tanh>(a);
-    case Activation::silu: return up_as<V, BF, Activation::silu>(a);
-    case Activation::swiglu: return up_as<V, BF, Activation::swiglu>(a);
-    case Activation::geglu: return up_as<V, BF, Activation::geglu>(a);
+    case Activation::relu:
+      return up_as<V, BF, Activation::relu>(a);
+    case Activation::gelu:
+      return up_as<V, BF, Activation::gelu>(a);
+    case Activation::gelu_tanh:
+      return up_as<V, BF, Activation::gelu_tanh>(a);
+    case Activation::silu:
+      return up_as<V, BF, Activation::silu>(a);
+    case Activation::swiglu:
+      return up_as<V, BF, Activation::swiglu>(a);
+    case Activation::geglu:
+      return up_as<V, BF, Activation::geglu>(a);
   }
 }
 

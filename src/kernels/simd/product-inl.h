@@ -1,7 +1,7 @@
 // A product of rows with panels: where panels come from (sources), and the order in which tiles are computed (sweep).
 //
-// An epilogue is called once a tile with the finished fp32 sums, `epilogue(panel, first row, rows, c)`, c [rows][panel]:
-// activations, biases and stores live there, so one set of tiles serves every product.
+// An epilogue is called once a tile with the finished fp32 sums, `epilogue(panel, first row, rows, c)`, with
+// c [rows][panel]: activations, biases and stores live there, so one set of tiles serves every product.
 #pragma once
 
 #include <stdint.h>
@@ -169,8 +169,8 @@ int64_t tile_rows(const RowSet& a) {
   return (stride & 4095) == 0 ? 8 : kMax;
 }
 
-/// First row of block i of nb: rows divided evenly (a small remainder tile would waste registers), in whole pairs, since
-/// bf16 panels over rows hold pairs.
+/// First row of block i of nb: rows divided evenly (a small remainder tile would waste registers), in whole pairs,
+/// since bf16 panels over rows hold pairs.
 TURNOUT_INLINE int64_t block_begin(int64_t rows, int64_t nb, int64_t i) {
   return i == nb ? rows : (rows + 1) / 2 * i / nb * 2;
 }

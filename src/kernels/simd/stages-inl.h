@@ -36,9 +36,11 @@ struct Body {
     bf16(q) ? pack_down_typed<V, true>(q, e, begin, end, dst) : pack_down_typed<V, false>(q, e, begin, end, dst);
   }
 
-  static constexpr Stages kStages = {
-      V::L,        2 * V::L,  8 * max_rows<V, false>(), up,  down,    combine,  hidden_grad, input_grad,
-      weight_grad, pack_rows, bias_grad,                dot, pack_up, pack_down};
+  static constexpr Stages kStages = {V::L,        2 * V::L,   8 * max_rows<V, false>(),
+                                     up,          down,       combine,
+                                     hidden_grad, input_grad, weight_grad,
+                                     pack_rows,   bias_grad,  dot,
+                                     pack_up,     pack_down};
 };
 
 }  // namespace

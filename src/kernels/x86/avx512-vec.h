@@ -65,9 +65,7 @@ struct Avx512 {
     }
     return _mm512_fmadd_ps(high(a), high(b), _mm512_fmadd_ps(low(a), low(b), c));
   }
-  static TURNOUT_INLINE Reg low(Reg w) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(w), 16));
-  }
+  static TURNOUT_INLINE Reg low(Reg w) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(w), 16)); }
   static TURNOUT_INLINE Reg high(Reg w) {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(w), _mm512_set1_epi32(-65536)));
   }
