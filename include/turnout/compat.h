@@ -67,6 +67,7 @@ struct MoEConfig {
   void validate() const;
 };
 
+/// Softmax, top-k, divided by their sum.
 class TopKRouterImpl : public torch::nn::Module {
  public:
   /// @throws c10::ValueError when dim is below 1 or config is inconsistent
@@ -97,6 +98,7 @@ TORCH_MODULE(MixtureOfExperts);
 
 // ---- SimpleMoELayer (seed 002) ----
 
+/// A linear gate with bias, and separate experts dim → 4 · dim → dim with GELU. Dropless.
 class SimpleMoELayerImpl : public torch::nn::Module {
  public:
   /// @param hidden_dim width of an expert; 0: 4 · embedding_dim
@@ -128,6 +130,7 @@ struct MoELayerOptions {
   std::optional<double> alpha{};  ///< y = α · Dense(x) + (1 − α) · MoE(x)
 };
 
+/// Output and auxiliary loss in one call; dropless; stands in for a transformer's feed-forward block.
 class MoELayerImpl : public torch::nn::Module {
  public:
   MoELayerImpl(int64_t hidden_dim, int64_t num_experts, int64_t top_k);
@@ -149,6 +152,7 @@ struct Top2GatingTensors {
   at::Tensor loss;             ///< scalar
 };
 
+/// The gate as the description has it: dense dispatch and combine tensors.
 class Top2GatingImpl : public turnout::Top2GatingImpl {
  public:
   using turnout::Top2GatingImpl::Top2GatingImpl;

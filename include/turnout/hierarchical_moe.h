@@ -35,6 +35,7 @@ struct Top2GatingOutput {
   int64_t group_size = 0;
 };
 
+/// Gate, route_top2() and limit_capacity() in one module. Source: tensor2tensor moe.py, seed 004.
 class Top2GatingImpl : public torch::nn::Module {
  public:
   /// w_gating is drawn from a standard normal, as in the source.

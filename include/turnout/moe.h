@@ -18,7 +18,7 @@
 
 namespace turnout {
 
-/// A dense feed-forward block: the twin of an MoE layer, and its shared expert.
+/// Sizes and activation of one feed-forward network, dense or expert.
 struct FeedForwardOptions {
   int64_t hidden = 0;
   int64_t ffn = 0;
@@ -26,6 +26,7 @@ struct FeedForwardOptions {
   bool bias = true;
 };
 
+/// A dense feed-forward block: the twin of an MoE layer, and its shared expert. Runs by the experts' kernels.
 class FeedForwardImpl : public torch::nn::Module {
  public:
   /// Weights uniform in ±1/√fan_in, as torch::nn::Linear draws them.
@@ -104,6 +105,7 @@ struct MoEOutput {
   at::Tensor dropped;   ///< scalar int64: choices that found no place; their tokens get zero from that expert
 };
 
+/// gate → route → losses → capacity → plan → experts. Parameters: gate.*, experts.*
 class MoEImpl : public torch::nn::Module {
  public:
   /// A gate without bias (options.gate_bias) and a bank of feed-forward experts.

@@ -95,8 +95,8 @@ def refusal(root, path, quoted, name):
         return "there is no such file"
     if parts[0] not in MAY_INCLUDE[level]:
         return f"{level} may not include {parts[0]}"
-    if level != "kernels" and parts[0] == "kernels" and parts != ("kernels", "table.h"):
-        return f"{level} reaches the kernels through kernels/table.h alone"
+    if level != "kernels" and parts[0] == "kernels" and parts[1:] not in {("table.h",), ("routing.h",)}:
+        return f"{level} reaches the kernels through kernels/table.h and kernels/routing.h alone"
     stage = path.relative_to(root / "src").parts[1]
     if level == "ops" and stage == "autograd" and parts[:2] in {("ops", "cpu"), ("ops", "aten"), ("ops", "meta")}:
         return "autograd reaches the backends through the dispatcher"

@@ -1,7 +1,6 @@
 // From torch to the kernels: which implementation runs, and torch's threads for it.
 #pragma once
 
-#include "../../kernels/experts.h"
 #include "../../kernels/table.h"
 
 namespace turnout::ops {
