@@ -9,7 +9,7 @@ from . import _library
 
 _library.load()
 
-from . import compat  # noqa: E402  (ops exist from here on)
+from . import compat, nn  # noqa: E402  (ops exist from here on)
 from .experts import PackedExperts, fused_experts, prepack  # noqa: E402
 from .ops import (  # noqa: E402
     Capped,
@@ -34,6 +34,7 @@ from .ops import (  # noqa: E402
     topk,
     z_loss,
 )
+from .runtime import KernelChoice, kernel_choices  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "Capped",
     "DispatchPlan",
     "DispatchTensors",
+    "KernelChoice",
     "PackedExperts",
     "Routing",
     "Top2Routing",
@@ -52,8 +54,10 @@ __all__ = [
     "expert_capacity",
     "feed_forward",
     "fused_experts",
+    "kernel_choices",
     "limit_capacity",
     "nested_ids",
+    "nn",
     "plan",
     "prepack",
     "queue_positions",

@@ -6,6 +6,8 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(turnout, m) {
+  // runtime
+  m.def("kernel_choices() -> (str[] names, str[] reasons)");
   // router
   m.def("topk(Tensor scores, int top_k) -> Tensor");
   m.def(
@@ -62,6 +64,13 @@ TORCH_LIBRARY(turnout, m) {
   m.def(
       "fused_experts(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor[] up, Tensor[] down, Tensor[] up_bias,"
       " Tensor[] down_bias, str activation, bool recompute=False) -> Tensor");
+  m.def(
+      "packed_layout(Tensor[] up, Tensor[] down, str activation) -> (str layout, int num_experts, int ffn)");
+  m.def("prepack(Tensor[] up, Tensor[] down, str activation) -> Tensor");
+  m.def(
+      "experts_packed(Tensor x, Tensor topk_weights, Tensor expert_offsets, Tensor token_of_row,"
+      " Tensor row_of_choice, Tensor packed, str layout, int ffn, Tensor[] up_bias, Tensor[] down_bias,"
+      " str activation) -> Tensor");
   m.def(
       "feed_forward(Tensor x, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, str activation)"
       " -> Tensor");

@@ -4,6 +4,10 @@
 
 #include "bridge.h"
 
+#include <torch/library.h>
+
+#include <tuple>
+
 namespace turnout {
 
 std::vector<KernelChoice> kernel_choices() {
@@ -13,6 +17,21 @@ std::vector<KernelChoice> kernel_choices() {
     choices.push_back({implementation->name, implementation == &active, refusal});
   return choices;
 }
+
+namespace {
+
+std::tuple<std::vector<std::string>, std::vector<std::string>> kernel_choices_op() {
+  std::vector<std::string> names, reasons;
+  for (const auto& choice : kernel_choices()) {
+    names.push_back(choice.name);
+    reasons.push_back(choice.reason);
+  }
+  return {names, reasons};
+}
+
+TORCH_LIBRARY_IMPL(turnout, CompositeImplicitAutograd, m) { m.impl("kernel_choices", kernel_choices_op); }
+
+}  // namespace
 
 void release_scratch() { kernels::release_scratch(); }
 
