@@ -16,13 +16,19 @@ Weights = Tensor | Sequence[Tensor]
 @dataclass(frozen=True)
 class PackedExperts:
     """An owned snapshot of expert weights for inference, made by prepack(). Later changes of the weights it was made
-    from do not reach it."""
+    from do not reach it. Plain tensors and words: it pickles, copies and compiles."""
 
+    data: Tensor | None
+    """[bytes] uint8, up and down in the panels of one kernel; None where up and down hold them"""
+    layout: str
+    """which kernel, type and sizes data is for; empty where it is None"""
+    num_experts: int
+    ffn: int
+    activation: Activation
     up: tuple[Tensor, ...]
     down: tuple[Tensor, ...]
     up_bias: tuple[Tensor, ...]
     down_bias: tuple[Tensor, ...]
-    activation: Activation
 
 
 def fused_experts(
@@ -56,6 +62,11 @@ def fused_experts(
     """
     if isinstance(up, PackedExperts):
         _check_packed_call(up, x, topk_weights, down, activation, up_bias, down_bias)
+        if up.data is not None:
+            plan = torch.ops.turnout.plan(topk_ids, up.num_experts)
+            return torch.ops.turnout.experts_packed(
+                x, topk_weights, *plan, up.data, up.layout, up.ffn, up.up_bias, up.down_bias, up.activation
+            )
         weights = (up.up, up.down, up.up_bias, up.down_bias)
         activation = up.activation
     else:
@@ -79,13 +90,20 @@ def prepack(
 ) -> PackedExperts:
     """An owned snapshot of expert weights for inference; arguments as in fused_experts.
 
-    Pass it as turnout.fused_experts(x, topk_ids, topk_weights, packed). It carries no gradient: call under
-    torch.no_grad() or with inputs that need none. Costs a copy of the weights, made here and at no other time.
+    Pass it as turnout.fused_experts(x, topk_ids, topk_weights, packed). float32 and bfloat16 weights on the CPU are
+    packed for the active kernel (TURNOUT_FORCE_ISA, or the machine's best) and run on that kernel alone; other types
+    and devices keep copies. Costs reading and writing the weights once, and their memory, an expert's outputs padded
+    to a panel (32 on AVX-512); nothing is packed at any other time, and the weights themselves may be freed.
+    It carries no gradient: call under torch.no_grad() or with inputs that need none. Call it outside of compiled code.
     Raises ValueError or TypeError for weights that do not fit together.
     """
     lists = [_as_list(*pair) for pair in (("up", up), ("down", down), ("up_bias", up_bias), ("down_bias", down_bias))]
-    packed = PackedExperts(*(tuple(t.detach().clone() for t in tensors) for tensors in lists), activation)
-    _check_weights(packed)
+    lists = [[t.detach() for t in tensors] for tensors in lists]
+    layout, num_experts, ffn = torch.ops.turnout.packed_layout(*lists[:2], activation)
+    data = torch.ops.turnout.prepack(*lists[:2], activation) if layout else None
+    kept = [() if layout and i < 2 else tuple(t.clone() for t in tensors) for i, tensors in enumerate(lists)]
+    packed = PackedExperts(data, layout, num_experts, ffn, activation, *kept)
+    _check_biases(packed, lists[0][0])
     return packed
 
 
@@ -101,14 +119,11 @@ def _as_list(name: str, weights: Weights | None) -> list[Tensor]:
     return tensors
 
 
-def _check_weights(packed: PackedExperts) -> None:
-    """The op checks what fits together: it is asked with no token."""
-    if not packed.up:
-        raise ValueError("turnout.prepack: up is empty, expected a bank or one tensor an expert")
-    first = packed.up[0]
-    x = first.new_empty((0, first.shape[-1]))
-    ids = torch.empty((0, 1), dtype=torch.int64, device=first.device)
-    weights = torch.empty((0, 1), dtype=torch.float32, device=first.device)
+def _check_biases(packed: PackedExperts, up: Tensor) -> None:
+    """The op checks them: it is asked with no token."""
+    x = up.new_empty((0, up.shape[-1]))
+    ids = torch.empty((0, 1), dtype=torch.int64, device=up.device)
+    weights = torch.empty((0, 1), dtype=torch.float32, device=up.device)
     fused_experts(x, ids, weights, packed)
 
 

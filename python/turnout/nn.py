@@ -107,6 +107,7 @@ def run_experts(experts: Sequence[nn.Module], x: Tensor, topk_ids: Tensor, topk_
       others are called once each on their rows, also on none, so that every parameter gets a gradient
     x: [tokens, hidden]; topk_ids: [tokens, top_k], -1 = not sent; topk_weights: [tokens, top_k] float32 or x's type
 
+    Double backward works through modules; the fused op refuses it in words.
     Raises ValueError or TypeError that names the expert whose output is no tensor of the expected shape.
     """
     perceptrons = _as_perceptrons(experts)
@@ -132,7 +133,9 @@ def _run_modules(experts: Sequence[nn.Module], x: Tensor, topk_ids: Tensor, topk
 def _call(expert: nn.Module, index: int, rows: Tensor) -> Tensor:
     y = expert(rows)
     if not isinstance(y, Tensor):
-        raise TypeError(f"turnout: expert {index} ({type(expert).__name__}) returned {type(y).__name__}, expected a tensor")
+        raise TypeError(
+            f"turnout: expert {index} ({type(expert).__name__}) returned {type(y).__name__}, expected a tensor"
+        )
     if y.shape != rows.shape:
         raise ValueError(
             f"turnout: expert {index} ({type(expert).__name__}) returned shape {list(y.shape)} for rows of shape "

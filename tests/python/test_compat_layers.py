@@ -154,8 +154,14 @@ class TestMixtureOfExperts:
                 taken[expert] += 1
         return mixture(flat, ids, weights, list(layer.experts)).view(x.shape), int((ids < 0).sum())
 
-    @pytest.mark.parametrize("config", [MoEConfig(EXPERTS, 2, factor) for factor in (0.5, 1.0, 1.25, 4.0)] + [
-        MoEConfig(EXPERTS, 1, 1.0), MoEConfig(EXPERTS, EXPERTS, 0.7), MoEConfig(EXPERTS, 2, 9.0, expert_capacity=3)])  # fmt: skip
+    CONFIGS = (
+        *(MoEConfig(EXPERTS, 2, factor) for factor in (0.5, 1.0, 1.25, 4.0)),
+        MoEConfig(EXPERTS, 1, 1.0),
+        MoEConfig(EXPERTS, EXPERTS, 0.7),
+        MoEConfig(EXPERTS, 2, 9.0, expert_capacity=3),
+    )
+
+    @pytest.mark.parametrize("config", CONFIGS)
     def test_equals_the_loop(self, config) -> None:
         layer = MixtureOfExperts(DIM, config).double()
         x = torch.randn(3, 7, DIM, dtype=WIDE, requires_grad=True)
@@ -204,7 +210,11 @@ class TestSimpleMoELayer:
         y = layer(x)
         assert_close(y, expected, TERMS)
         hits = nn.functional.one_hot(ids, EXPERTS).double()
-        f = {"per_assignment": hits.sum((0, 1)) / 30, "per_token": hits.sum((0, 1)) / 15, "first_choice": hits[:, 0].sum(0) / 15}
+        f = {
+            "per_assignment": hits.sum((0, 1)) / 30,
+            "per_token": hits.sum((0, 1)) / 15,
+            "first_choice": hits[:, 0].sum(0) / 15,
+        }
         assert_close(layer.load_balancing_loss, 0.1 * EXPERTS * (f[load_count] * p.mean(0)).sum(), 60)
 
     def test_loss_trains_the_gate(self) -> None:
@@ -310,6 +320,7 @@ def test_python_and_fused_perceptron_agree() -> None:
     """FeedForward called alone is Linear, activation, Linear."""
     expert = turnout.nn.FeedForward(DIM, 12, "silu")
     x = torch.randn(5, DIM)
-    fused = turnout.feed_forward(x, expert[0].weight, expert[2].weight, "silu", up_bias=expert[0].bias, down_bias=expert[2].bias)
+    biases = {"up_bias": expert[0].bias, "down_bias": expert[2].bias}
+    fused = turnout.feed_forward(x, expert[0].weight, expert[2].weight, "silu", **biases)
     assert_close(fused, expert(x), TERMS)
     assert expert.weight is expert[0].weight

@@ -11,7 +11,7 @@ TERMS = HIDDEN + FFN + TOP_K
 
 def routing(tokens=TOKENS, top_k=TOP_K, experts=EXPERTS, dtype=torch.float64):
     """Distinct experts a token, one expert without tokens, some choices not sent."""
-    ids = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)]) if tokens else torch.zeros(0, top_k).long()
+    ids = torch.rand(tokens, experts).argsort(-1)[:, :top_k].contiguous()
     if experts > 1:
         ids[ids == 1] = -1
     return ids, torch.rand(tokens, top_k, dtype=dtype)
@@ -83,7 +83,8 @@ def test_experts_as_modules_keep_their_gradients() -> None:
     """A list of parameters: each gets its own .grad, also the one whose expert saw nothing."""
     ups = [torch.nn.Parameter(torch.randn(FFN, HIDDEN)) for _ in range(3)]
     downs = [torch.nn.Parameter(torch.randn(HIDDEN, FFN)) for _ in range(3)]
-    y = turnout.fused_experts(torch.randn(4, HIDDEN), torch.tensor([[0], [2], [0], [-1]]), torch.ones(4, 1), ups, downs, "relu")
+    ids = torch.tensor([[0], [2], [0], [-1]])
+    y = turnout.fused_experts(torch.randn(4, HIDDEN), ids, torch.ones(4, 1), ups, downs, "relu")
     y.sum().backward()
     assert all(p.grad is not None for p in ups + downs)
     assert not ups[1].grad.any() and ups[0].grad.any() and ups[2].grad.any()
@@ -135,9 +136,11 @@ def test_strides() -> None:
     assert_close(run(x, ids_t, weights_t, turned, "geglu"), expected, TERMS)
 
 
-def test_bit_identical_repeats() -> None:
-    w = {name: t.requires_grad_() for name, t in bank(EXPERTS, HIDDEN, FFN, "gelu", torch.float32).items()}
-    x = torch.randn(300, HIDDEN, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_bit_identical_repeats(dtype) -> None:
+    """From run to run; in the types of the CPU kernels also at any number of threads."""
+    w = {name: t.requires_grad_() for name, t in bank(EXPERTS, 96, 200, "gelu", dtype).items()}
+    x = torch.randn(300, 96, dtype=dtype, requires_grad=True)
     ids, weights = routing(300, dtype=torch.float32)
     weights.requires_grad_()
     leaves = [x, weights, *w.values()]
@@ -146,9 +149,13 @@ def test_bit_identical_repeats() -> None:
         y = run(x, ids, weights, w, "gelu")
         return [y, *gradients(y.square().sum(), leaves)]
 
-    first = once()
-    for _ in range(3):
-        assert all(torch.equal(a, b) for a, b in zip(first, once(), strict=True))
+    first, threads = once(), torch.get_num_threads()
+    try:
+        for count in (threads, *(() if dtype == torch.float64 else (1, 2, 3))):
+            torch.set_num_threads(count)
+            assert all(torch.equal(a, b) for a, b in zip(first, once(), strict=True))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_double_backward_is_refused_in_words() -> None:

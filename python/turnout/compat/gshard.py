@@ -1,10 +1,11 @@
 """Top2Gating, Experts, MoE and HeirarchicalMoE of the package mixture-of-experts 0.2.3 on PyPI.
 
 Same arguments, defaults, parameter names and draws: after the same torch.manual_seed the parameters are the package's,
-and so are the outputs, losses and gradients, `random` policy included. Three things differ:
+and so are the outputs, losses and gradients, `random` policy included. Four things differ:
 - policy `threshold` keeps the second expert where its gate exceeds the threshold, as the text says; the package's
   line lacks a dimension and raises
 - a NaN token harms only itself; the package's einsums spread it over its sequence
+- with `experts` given no default bank is drawn, so what is drawn afterwards differs from what follows the package
 - dispatch and combine tensors are made only where Top2Gating itself is called; MoE and HeirarchicalMoE route rows
 
 Legend: b groups (sequences), n tokens of a group, d dim, e experts, c places of an expert in a group.
@@ -255,7 +256,7 @@ class MoE(nn.Module):
         self.loss_coef = loss_coef
 
     def forward(self, inputs: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """inputs [b, n, dim] → output of the same shape, and loss · loss_coef. kwargs are ignored, as in the package."""
+        """inputs [b, n, dim] → output of the same shape, and loss · loss_coef. kwargs are ignored, as there."""
         check.shaped("turnout.compat.MoE", "inputs", inputs, "[b, n, dim]", self.gate.w_gating.shape[-2])
         gated = self.gate.route(inputs)
         x = inputs.reshape(-1, inputs.shape[-1])
@@ -315,7 +316,7 @@ class HeirarchicalMoE(nn.Module):
 
     def forward(self, inputs: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """inputs [b, n, dim] → output of the same shape, and (outer loss + inner loss) · loss_coef. kwargs are
-        ignored, as in the package."""
+        ignored, as there."""
         dim = self.gate_outer.w_gating.shape[-2]
         check.shaped("turnout.compat.HeirarchicalMoE", "inputs", inputs, "[b, n, dim]", dim)
         outer_experts, inner_experts = self.num_experts_outer, self.num_experts_inner
