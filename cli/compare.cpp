@@ -60,8 +60,9 @@ void write_results(const CompareOptions& options, const ByteText& text, const Co
 void compare(CompareOptions& options) {
   RunOptions& run = options.run;
   settle(run);
-  TORCH_CHECK_VALUE(run.model.kind != BlockKind::dense, "--kind is dense, expected moe or hybrid: the dense model is "
-                                                        "made from it");
+  TORCH_CHECK_VALUE(run.model.kind != BlockKind::dense,
+                    "--kind is dense, expected moe or hybrid: the dense model is "
+                    "made from it");
   TORCH_CHECK_VALUE(options.evaluations >= 1, "--evaluations is ", options.evaluations, ", expected 1 or more");
   const std::shared_ptr<const ByteText> text = load_text_of(run);
   const LanguageModelOptions twin = dense_twin(run.model);
@@ -79,7 +80,8 @@ void compare(CompareOptions& options) {
 }  // namespace
 
 void add_compare(CLI::App& program) {
-  CLI::App* app = program.add_subcommand("compare", "Train a dense model and an MoE of equal FLOPs a token, side by side");
+  CLI::App* app =
+      program.add_subcommand("compare", "Train a dense model and an MoE of equal FLOPs a token, side by side");
   auto options = std::make_shared<CompareOptions>();
   auto arguments = std::make_shared<RunArguments>(*app, options->run);
   app->add_option("--output", options->output, "Folder of the results")->capture_default_str();

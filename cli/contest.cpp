@@ -67,8 +67,8 @@ void run_contest(Contestant& dense, Contestant& moe, int64_t evaluations) {
                                         short_number(tokens / (dense.seconds + moe.seconds))));
     }
     if (interrupted())
-      throw Interrupted(fmt::format("stopped at step {} of {}: a comparison is written only when complete", step,
-                                    steps));
+      throw Interrupted(
+          fmt::format("stopped at step {} of {}: a comparison is written only when complete", step, steps));
   }
 }
 

@@ -29,7 +29,7 @@ struct Contestant {
   std::vector<CurvePoint> curve{};
   double load_ratio_sum = 0;  ///< over steps and sparse layers: rows of the fullest expert / mean rows
   int64_t load_ratios = 0;
-  at::Tensor expert_load{};   ///< [sparse layers, experts] rows over the whole training; undefined when dense
+  at::Tensor expert_load{};  ///< [sparse layers, experts] rows over the whole training; undefined when dense
   int64_t choices = 0;
   int64_t dropped = 0;
 

@@ -57,10 +57,12 @@ std::string table(const Contestant& dense, const Contestant& moe) {
   text += fmt::format("{:<32}{:>12}{:>12}\n", "", "dense", "MoE");
   row("parameters", [&](const Contestant& c) { return fmt::format("{}", count_parameters(options(c)).total); });
   row("active parameters", [&](const Contestant& c) { return fmt::format("{}", count_parameters(options(c)).active); });
-  row("FLOPs a token, forward", [&](const Contestant& c) { return fmt::format("{}", flops_per_token(options(c)).total()); });
+  row("FLOPs a token, forward",
+      [&](const Contestant& c) { return fmt::format("{}", flops_per_token(options(c)).total()); });
   row("training tokens/s", [](const Contestant& c) { return fmt::format("{:.0f}", c.tokens_per_second()); });
   row("training seconds", [](const Contestant& c) { return fmt::format("{:.1f}", c.seconds); });
-  row("bits a byte, equal tokens", [](const Contestant& c) { return fmt::format("{:.4f}", c.curve.back().bits_per_byte); });
+  row("bits a byte, equal tokens",
+      [](const Contestant& c) { return fmt::format("{:.4f}", c.curve.back().bits_per_byte); });
   row(fmt::format("bits a byte, equal time ({:.0f} s)", seconds),
       [&](const Contestant& c) { return fmt::format("{:.4f}", bits_at(c.curve, seconds)); });
   row("expert load, max / mean", [](const Contestant& c) {

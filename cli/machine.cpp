@@ -1,6 +1,7 @@
 // Versions and hardware.
 #include "machine.h"
 
+#include <turnout/runtime.h>
 #include <turnout/version.h>
 
 #include <ATen/Parallel.h>
@@ -34,26 +35,33 @@ std::string now() {
   return text;
 }
 
+std::string active_kernels() {
+  for (const KernelChoice& choice : kernel_choices())
+    if (choice.active) return choice.name;
+  return "none";
+}
+
 }  // namespace
 
 std::string version_text() {
-  return fmt::format("turnout {}\ntorch {}\ninstructions {}", TURNOUT_VERSION, TURNOUT_TORCH_VERSION,
-                     at::get_cpu_capability());
+  std::string text = fmt::format("turnout {}\ntorch {} (its instructions: {})\n", TURNOUT_VERSION,
+                                 TURNOUT_TORCH_VERSION, at::get_cpu_capability());
+  text += fmt::format("kernels {}", active_kernels());
+  for (const KernelChoice& choice : kernel_choices())
+    if (!choice.active) text += fmt::format("\n  not {}: {}", choice.name, choice.reason);
+  return text;
 }
 
 nlohmann::ordered_json machine_json() {
-  return {{"turnout", TURNOUT_VERSION},
-          {"torch", TURNOUT_TORCH_VERSION},
-          {"processor", processor()},
-          {"cores", sysconf(_SC_NPROCESSORS_ONLN)},
-          {"threads", at::get_num_threads()},
-          {"instructions", at::get_cpu_capability()},
-          {"date", now()}};
+  return {{"turnout", TURNOUT_VERSION},       {"torch", TURNOUT_TORCH_VERSION},
+          {"processor", processor()},         {"cores", sysconf(_SC_NPROCESSORS_ONLN)},
+          {"threads", at::get_num_threads()}, {"torch_instructions", at::get_cpu_capability()},
+          {"kernels", active_kernels()},      {"date", now()}};
 }
 
 std::string machine_line() {
-  return fmt::format("turnout {}, torch {}, {}, {} threads, {}", TURNOUT_VERSION, TURNOUT_TORCH_VERSION, processor(),
-                     at::get_num_threads(), at::get_cpu_capability());
+  return fmt::format("turnout {}, torch {}, {}, {} threads, kernels {}", TURNOUT_VERSION, TURNOUT_TORCH_VERSION,
+                     processor(), at::get_num_threads(), active_kernels());
 }
 
 }  // namespace turnout::cli

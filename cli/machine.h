@@ -7,7 +7,8 @@
 
 namespace turnout::cli {
 
-/// Text of --version: turnout, torch, and the instruction set that runs.
+/// Text of --version: turnout, torch, which kernels run, and why the others do not.
+/// @throws c10::ValueError when TURNOUT_FORCE_ISA names kernels that do not run here
 std::string version_text();
 
 /// Versions, processor, threads, date (UTC).

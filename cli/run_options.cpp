@@ -43,52 +43,82 @@ RunArguments::RunArguments(CLI::App& app, RunOptions& options) : app_(app), opti
 
 void RunArguments::add_model_options() {
   group_ = "Model";
-  value("--layers", [](RunOptions& o) -> auto& { return o.model.layers; }, "Transformer blocks");
-  value("--hidden", [](RunOptions& o) -> auto& { return o.model.hidden; }, "Width of the residual stream");
-  value("--heads", [](RunOptions& o) -> auto& { return o.model.heads; }, "Attention heads");
-  value("--context", [](RunOptions& o) -> auto& { return o.model.context; }, "Bytes that attention reaches back");
-  word("--activation", [](RunOptions& o) -> auto& { return o.model.activation; }, parse_activation,
-       "relu, gelu, gelu_tanh, silu, swiglu, geglu");
-  value("--ffn", [](RunOptions& o) -> auto& { return o.ffn; },
-        "Width of dense networks; 0 = as many FLOPs as the active experts and the gate");
-  value("--bias", [](RunOptions& o) -> auto& { return o.model.bias; }, "Biases in the feed-forward networks");
-  value("--tied-head", [](RunOptions& o) -> auto& { return o.model.tied_head; }, "Head shares the embedding's weights");
+  value(
+      "--layers", [](RunOptions & o) -> auto& { return o.model.layers; }, "Transformer blocks");
+  value(
+      "--hidden", [](RunOptions & o) -> auto& { return o.model.hidden; }, "Width of the residual stream");
+  value(
+      "--heads", [](RunOptions & o) -> auto& { return o.model.heads; }, "Attention heads");
+  value(
+      "--context", [](RunOptions & o) -> auto& { return o.model.context; }, "Bytes that attention reaches back");
+  word(
+      "--activation", [](RunOptions & o) -> auto& { return o.model.activation; }, parse_activation,
+      "relu, gelu, gelu_tanh, silu, swiglu, geglu");
+  value(
+      "--ffn", [](RunOptions & o) -> auto& { return o.ffn; },
+      "Width of dense networks; 0 = as many FLOPs as the active experts and the gate");
+  value(
+      "--bias", [](RunOptions & o) -> auto& { return o.model.bias; }, "Biases in the feed-forward networks");
+  value(
+      "--tied-head", [](RunOptions & o) -> auto& { return o.model.tied_head; }, "Head shares the embedding's weights");
   group_ = "Mixture of experts";
-  word("--kind", [](RunOptions& o) -> auto& { return o.model.kind; }, parse_block_kind,
-       "Feed-forward part of the sparse layers: moe, hybrid (alpha * dense + (1 - alpha) * MoE), dense");
-  word("--pattern", [](RunOptions& o) -> auto& { return o.model.pattern; }, parse_layer_pattern,
-       "Which layers are sparse: every, alternating");
-  value("--alpha", [](RunOptions& o) -> auto& { return o.model.alpha; }, "Share of the dense half in hybrid layers");
-  value("--experts", [](RunOptions& o) -> auto& { return o.model.moe.num_experts; }, "Experts a layer");
-  value("--top-k", [](RunOptions& o) -> auto& { return o.model.moe.top_k; }, "Experts that each token is sent to");
-  value("--expert-ffn", [](RunOptions& o) -> auto& { return o.model.moe.ffn; }, "Width of one expert");
-  word("--router", [](RunOptions& o) -> auto& { return o.model.moe.router_weights; }, parse_router_weights,
-       "Weights of the chosen: normalized, probability, softmax_of_topk");
-  value("--capacity", [](RunOptions& o) -> auto& { return o.model.moe.capacity.factor; },
-        "Capacity factor of an expert; 0 = no token is dropped");
-  word("--drop-order", [](RunOptions& o) -> auto& { return o.model.moe.capacity.order; }, parse_drop_order,
-       "Who is dropped last: choice, position, score, random");
-  value("--balance", [](RunOptions& o) -> auto& { return o.model.moe.balance_coefficient; },
-        "Coefficient of the balancing loss");
-  value("--z-loss", [](RunOptions& o) -> auto& { return o.model.moe.z_coefficient; }, "Coefficient of the z-loss");
+  word(
+      "--kind", [](RunOptions & o) -> auto& { return o.model.kind; }, parse_block_kind,
+      "Feed-forward part of the sparse layers: moe, hybrid (alpha * dense + (1 - alpha) * MoE), dense");
+  word(
+      "--pattern", [](RunOptions & o) -> auto& { return o.model.pattern; }, parse_layer_pattern,
+      "Which layers are sparse: every, alternating");
+  value(
+      "--alpha", [](RunOptions & o) -> auto& { return o.model.alpha; }, "Share of the dense half in hybrid layers");
+  value(
+      "--experts", [](RunOptions & o) -> auto& { return o.model.moe.num_experts; }, "Experts a layer");
+  value(
+      "--top-k", [](RunOptions & o) -> auto& { return o.model.moe.top_k; }, "Experts that each token is sent to");
+  value(
+      "--expert-ffn", [](RunOptions & o) -> auto& { return o.model.moe.ffn; }, "Width of one expert");
+  word(
+      "--router", [](RunOptions & o) -> auto& { return o.model.moe.router_weights; }, parse_router_weights,
+      "Weights of the chosen: normalized, probability, softmax_of_topk");
+  value(
+      "--capacity", [](RunOptions & o) -> auto& { return o.model.moe.capacity.factor; },
+      "Capacity factor of an expert; 0 = no token is dropped");
+  word(
+      "--drop-order", [](RunOptions & o) -> auto& { return o.model.moe.capacity.order; }, parse_drop_order,
+      "Who is dropped last: choice, position, score, random");
+  value(
+      "--balance", [](RunOptions & o) -> auto& { return o.model.moe.balance_coefficient; },
+      "Coefficient of the balancing loss");
+  value(
+      "--z-loss", [](RunOptions & o) -> auto& { return o.model.moe.z_coefficient; }, "Coefficient of the z-loss");
 }
 
 void RunArguments::add_training_options() {
   group_ = "Training";
-  value("--text", [](RunOptions& o) -> auto& { return o.text; },
-        "Files and folders to learn from (default: the sources of Python's standard library)");
-  value("--tokens", [](RunOptions& o) -> auto& { return o.tokens; }, "Bytes to train on");
-  value("--minutes", [](RunOptions& o) -> auto& { return o.minutes; },
-        "Train for about this long instead: the tokens that fit are measured first");
-  value("--batch", [](RunOptions& o) -> auto& { return o.training.batch; }, "Sequences a step");
-  value("--lr", [](RunOptions& o) -> auto& { return o.training.learning_rate; }, "Peak learning rate of AdamW");
-  value("--warmup", [](RunOptions& o) -> auto& { return o.training.warmup_steps; }, "Steps of linear warm-up");
-  value("--weight-decay", [](RunOptions& o) -> auto& { return o.training.weight_decay; }, "Of matrices");
-  value("--clip", [](RunOptions& o) -> auto& { return o.training.clip; }, "Largest norm of the gradient");
-  value("--eval-bytes", [](RunOptions& o) -> auto& { return o.training.eval_bytes; },
-        "Held-out bytes of one evaluation");
-  value("--seed", [](RunOptions& o) -> auto& { return o.training.seed; }, "Of weights and batches");
-  value("--threads", [](RunOptions& o) -> auto& { return o.threads; }, "0 = one a core");
+  value(
+      "--text", [](RunOptions & o) -> auto& { return o.text; },
+      "Files and folders to learn from (default: the sources of Python's standard library)");
+  value(
+      "--tokens", [](RunOptions & o) -> auto& { return o.tokens; }, "Bytes to train on");
+  value(
+      "--minutes", [](RunOptions & o) -> auto& { return o.minutes; },
+      "Train for about this long instead: the tokens that fit are measured first");
+  value(
+      "--batch", [](RunOptions & o) -> auto& { return o.training.batch; }, "Sequences a step");
+  value(
+      "--lr", [](RunOptions & o) -> auto& { return o.training.learning_rate; }, "Peak learning rate of AdamW");
+  value(
+      "--warmup", [](RunOptions & o) -> auto& { return o.training.warmup_steps; }, "Steps of linear warm-up");
+  value(
+      "--weight-decay", [](RunOptions & o) -> auto& { return o.training.weight_decay; }, "Of matrices");
+  value(
+      "--clip", [](RunOptions & o) -> auto& { return o.training.clip; }, "Largest norm of the gradient");
+  value(
+      "--eval-bytes", [](RunOptions & o) -> auto& { return o.training.eval_bytes; },
+      "Held-out bytes of one evaluation");
+  value(
+      "--seed", [](RunOptions & o) -> auto& { return o.training.seed; }, "Of weights and batches");
+  value(
+      "--threads", [](RunOptions & o) -> auto& { return o.threads; }, "0 = one a core");
 }
 
 void RunArguments::refuse_differences(RunOptions& stored, const std::string& source) {

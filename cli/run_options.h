@@ -18,10 +18,10 @@ namespace turnout::cli {
 struct RunOptions {
   LanguageModelOptions model;
   TrainingOptions training;
-  int64_t ffn = 0;         ///< width of dense networks; 0 = derived from the MoE
-  int64_t tokens = 1'500'000;  ///< to train on
-  double minutes = 0;      ///< > 0: as many tokens as fit, measured first
-  int64_t threads = 0;     ///< 0 = torch's choice
+  int64_t ffn = 0;                ///< width of dense networks; 0 = derived from the MoE
+  int64_t tokens = 1'500'000;     ///< to train on
+  double minutes = 0;             ///< > 0: as many tokens as fit, measured first
+  int64_t threads = 0;            ///< 0 = torch's choice
   std::vector<std::string> text;  ///< empty = Python's standard library
 };
 

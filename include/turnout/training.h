@@ -23,9 +23,9 @@ struct TrainingOptions {
   double beta1 = 0.9;            ///< AdamW, arXiv:1711.05101
   double beta2 = 0.95;
   double epsilon = 1e-8;
-  double clip = 1.0;             ///< largest norm of the whole gradient
-  uint64_t seed = 0;             ///< of the batches, and of routing where it draws
-  int64_t eval_bytes = 65536;    ///< held-out bytes that evaluate() predicts, at most
+  double clip = 1.0;           ///< largest norm of the whole gradient
+  uint64_t seed = 0;           ///< of the batches, and of routing where it draws
+  int64_t eval_bytes = 65536;  ///< held-out bytes that evaluate() predicts, at most
 };
 
 /// @throws c10::ValueError naming the first option that is impossible
@@ -49,13 +49,13 @@ class DivergenceError : public std::runtime_error {
 };
 
 struct StepReport {
-  int64_t step = 0;           ///< counted from 1
-  double bits_per_byte = 0;   ///< of this batch, before the step
-  double aux_loss = 0;        ///< what was added to the loss, in nats
-  double gradient_norm = 0;   ///< before clipping
-  at::Tensor expert_load;     ///< [sparse layers, experts] int64: rows that each expert got; undefined when dense
-  int64_t choices = 0;        ///< tokens · top_k over all sparse layers
-  int64_t dropped = 0;        ///< choices that found no place
+  int64_t step = 0;          ///< counted from 1
+  double bits_per_byte = 0;  ///< of this batch, before the step
+  double aux_loss = 0;       ///< what was added to the loss, in nats
+  double gradient_norm = 0;  ///< before clipping
+  at::Tensor expert_load;    ///< [sparse layers, experts] int64: rows that each expert got; undefined when dense
+  int64_t choices = 0;       ///< tokens · top_k over all sparse layers
+  int64_t dropped = 0;       ///< choices that found no place
 };
 
 /// Trains one model by AdamW with warm-up, cosine and gradient clipping.

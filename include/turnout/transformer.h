@@ -36,19 +36,19 @@ LayerPattern parse_layer_pattern(const std::string& name);
 std::string to_string(LayerPattern pattern);
 
 struct LanguageModelOptions {
-  int64_t vocabulary = 256;                     ///< one token a byte
-  int64_t layers = 4;                           ///< blocks
-  int64_t hidden = 128;                         ///< width of the residual stream; a multiple of 2 · heads
-  int64_t heads = 4;                            ///< attention heads
-  int64_t context = 128;                        ///< most tokens that forward() takes at once
-  BlockKind kind = BlockKind::moe;              ///< feed-forward part of the sparse layers
-  LayerPattern pattern = LayerPattern::every;   ///< which layers are sparse
-  int64_t ffn = 512;                            ///< width of dense layers and of the dense half of a hybrid one
-  double alpha = 0.5;                           ///< share of the dense half in a hybrid layer
-  Activation activation = Activation::gelu;     ///< of dense networks and experts; replaces moe.activation
-  bool bias = false;                            ///< of dense networks and experts; replaces moe.bias
-  bool tied_head = false;                       ///< the head shares the weights of the token embedding
-  MoEOptions moe{.ffn = 256, .num_experts = 16};///< hidden, activation and bias are set from the fields above
+  int64_t vocabulary = 256;                       ///< one token a byte
+  int64_t layers = 4;                             ///< blocks
+  int64_t hidden = 128;                           ///< width of the residual stream; a multiple of 2 · heads
+  int64_t heads = 4;                              ///< attention heads
+  int64_t context = 128;                          ///< most tokens that forward() takes at once
+  BlockKind kind = BlockKind::moe;                ///< feed-forward part of the sparse layers
+  LayerPattern pattern = LayerPattern::every;     ///< which layers are sparse
+  int64_t ffn = 512;                              ///< width of dense layers and of the dense half of a hybrid one
+  double alpha = 0.5;                             ///< share of the dense half in a hybrid layer
+  Activation activation = Activation::gelu;       ///< of dense networks and experts; replaces moe.activation
+  bool bias = false;                              ///< of dense networks and experts; replaces moe.bias
+  bool tied_head = false;                         ///< the head shares the weights of the token embedding
+  MoEOptions moe{.ffn = 256, .num_experts = 16};  ///< hidden, activation and bias are set from the fields above
 
   bool is_sparse(int64_t layer) const {
     return kind != BlockKind::dense && (pattern == LayerPattern::every || layer % 2 == 1);

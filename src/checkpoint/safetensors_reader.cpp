@@ -85,7 +85,8 @@ nlohmann::json parse_header(const InputFile& file, const std::string& text) {
     return depth <= 4;
   };
   nlohmann::json header = nlohmann::json::parse(text, watch, /*allow_exceptions=*/false);
-  if (header.is_discarded() || !header.is_object() || deep) file.fail("not a safetensors file: its header is no JSON object");
+  if (header.is_discarded() || !header.is_object() || deep)
+    file.fail("not a safetensors file: its header is no JSON object");
   if (!twice.empty()) file.fail("tensor '" + twice + "' stands in the header twice");
   return header;
 }
@@ -142,14 +143,13 @@ std::map<std::string, std::string> parse_metadata(const InputFile& file, const n
 }
 
 void check_tiling(const InputFile& file, std::vector<Entry>& entries, int64_t data_bytes) {
-  std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) {
-    return std::pair(a.begin, a.end) < std::pair(b.begin, b.end);
-  });
+  std::sort(entries.begin(), entries.end(),
+            [](const Entry& a, const Entry& b) { return std::pair(a.begin, a.end) < std::pair(b.begin, b.end); });
   int64_t reached = 0;
   for (const Entry& entry : entries) {
     if (entry.begin != reached)
-      file.fail("tensor '" + entry.name + "' " + (entry.begin < reached ? "overlaps the one" : "leaves a gap to the one") +
-                " before it");
+      file.fail("tensor '" + entry.name + "' " +
+                (entry.begin < reached ? "overlaps the one" : "leaves a gap to the one") + " before it");
     reached = entry.end;
   }
   if (reached != data_bytes)

@@ -29,8 +29,9 @@ struct Entry {
 std::vector<Entry> in_file_order(const std::map<std::string, at::Tensor>& tensors) {
   std::vector<Entry> entries;
   for (const auto& [name, tensor] : tensors) {
-    TORCH_CHECK_VALUE(name != "__metadata__", "turnout: save_tensors: a tensor is called '__metadata__', expected "
-                                              "any other name");
+    TORCH_CHECK_VALUE(name != "__metadata__",
+                      "turnout: save_tensors: a tensor is called '__metadata__', expected "
+                      "any other name");
     TORCH_CHECK_VALUE(tensor.defined() && tensor.layout() == at::kStrided, "turnout: save_tensors: tensor '", name,
                       "' is ", tensor.defined() ? "sparse" : "undefined", ", expected a dense one");
     entries.push_back({name, tensor.detach().to(at::kCPU).contiguous()});
@@ -58,8 +59,8 @@ void save_tensors(const std::string& path, const TensorFile& content) {
   std::string text = header.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
   text.append((8 - text.size() % 8) % 8, ' ');
   const uint64_t length = text.size();
-  TORCH_CHECK_VALUE(length <= static_cast<uint64_t>(kLongestHeader), "turnout: save_tensors: the header needs ",
-                    length, " bytes, expected at most ", kLongestHeader);
+  TORCH_CHECK_VALUE(length <= static_cast<uint64_t>(kLongestHeader), "turnout: save_tensors: the header needs ", length,
+                    " bytes, expected at most ", kLongestHeader);
 
   AtomicFile file(path);
   file.write(&length, sizeof(length));

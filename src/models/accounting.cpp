@@ -23,8 +23,7 @@ FlopCount flops_per_token(const LanguageModelOptions& o) {
   count.head = 2 * o.hidden * o.vocabulary;
   for (int64_t layer = 0; layer < o.layers; ++layer) {
     const bool sparse = o.is_sparse(layer);
-    if (!sparse || o.kind == BlockKind::hybrid)
-      count.feed_forward += feed_forward_flops(o.hidden, o.ffn, o.activation);
+    if (!sparse || o.kind == BlockKind::hybrid) count.feed_forward += feed_forward_flops(o.hidden, o.ffn, o.activation);
     if (sparse) {
       count.feed_forward += feed_forward_flops(o.hidden, o.moe.ffn, o.activation, o.moe.top_k);
       count.gate += 2 * o.hidden * o.moe.num_experts;
@@ -48,8 +47,7 @@ ParameterCount count_parameters(const LanguageModelOptions& o) {
   for (int64_t layer = 0; layer < o.layers; ++layer) {
     const bool sparse = o.is_sparse(layer);
     int64_t everyone = 0;
-    if (!sparse || o.kind == BlockKind::hybrid)
-      everyone += network_parameters(o.hidden, o.ffn, o.activation, o.bias);
+    if (!sparse || o.kind == BlockKind::hybrid) everyone += network_parameters(o.hidden, o.ffn, o.activation, o.bias);
     int64_t expert = 0;
     if (sparse) {
       everyone += o.moe.num_experts * (o.hidden + (o.moe.gate_bias ? 1 : 0));

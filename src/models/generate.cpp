@@ -35,8 +35,8 @@ std::string generate(ByteLanguageModel model, const std::string& prompt, const G
   TORCH_CHECK_VALUE(options.temperature >= 0.0 && std::isfinite(options.temperature),
                     "turnout: generate: temperature is ", options.temperature, ", expected 0 or more");
   TORCH_CHECK_VALUE(options.tokens >= 0, "turnout: generate: tokens is ", options.tokens, ", expected 0 or more");
-  TORCH_CHECK_VALUE(model->options.vocabulary == 256, "turnout: generate: vocabulary is ",
-                    model->options.vocabulary, ", expected 256, one token a byte");
+  TORCH_CHECK_VALUE(model->options.vocabulary == 256, "turnout: generate: vocabulary is ", model->options.vocabulary,
+                    ", expected 256, one token a byte");
   const at::NoGradGuard no_grad;
   const auto device = model->embedding->weight.device();
   std::string text = prompt;
@@ -46,11 +46,10 @@ std::string generate(ByteLanguageModel model, const std::string& prompt, const G
     const at::Tensor tokens_1L = at::tensor(window, at::kByte).to(device, at::kLong).unsqueeze(0);
     const at::Tensor logits_V = model(tokens_1L).logits[0][-1].to(at::kCPU, at::kDouble);
     TORCH_CHECK_VALUE(logits_V.isfinite().all().item<bool>(), "turnout: generate: the model gives NaN or Inf");
-    const int64_t byte =
-        options.temperature == 0.0
-            ? logits_V.argmax().item<int64_t>()
-            : draw(at::softmax((logits_V - logits_V.max()) / options.temperature, 0),
-                   hash_to_unit(hash_numbers(options.seed, static_cast<uint64_t>(n))));
+    const int64_t byte = options.temperature == 0.0
+                             ? logits_V.argmax().item<int64_t>()
+                             : draw(at::softmax((logits_V - logits_V.max()) / options.temperature, 0),
+                                    hash_to_unit(hash_numbers(options.seed, static_cast<uint64_t>(n))));
     text.push_back(static_cast<char>(static_cast<uint8_t>(byte)));
   }
   return text.substr(prompt.size());

@@ -14,9 +14,7 @@ inline uint64_t mix_bits(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-inline uint64_t hash_numbers(uint64_t a, uint64_t b, uint64_t c = 0) {
-  return mix_bits(mix_bits(mix_bits(a) ^ b) ^ c);
-}
+inline uint64_t hash_numbers(uint64_t a, uint64_t b, uint64_t c = 0) { return mix_bits(mix_bits(mix_bits(a) ^ b) ^ c); }
 
 /// FNV-1a of bytes. @param seed result of an earlier call, to go on
 inline uint64_t hash_bytes(std::string_view bytes, uint64_t seed = 0xcbf29ce484222325ull) {

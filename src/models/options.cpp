@@ -32,7 +32,8 @@ void visit_capacity(Fields& f, CapacityOptions& o) {
       [](const std::string& s) { return ops::parse_name("capacity rounding", kRoundings, s); });
   f.number("count_choices", o.count_choices);
   f.number("per_sequence", o.per_sequence);
-  f.word("order", o.order, [](DropOrder v) { return to_string(v); }, parse_drop_order);
+  f.word(
+      "order", o.order, [](DropOrder v) { return to_string(v); }, parse_drop_order);
   f.number("renormalize", o.renormalize);
 }
 
@@ -42,8 +43,10 @@ void visit_moe(Fields& f, MoEOptions& o) {
   f.number("num_experts", o.num_experts);
   f.number("top_k", o.top_k);
   f.number("gate_bias", o.gate_bias);
-  f.word("router_weights", o.router_weights, [](RouterWeights v) { return to_string(v); }, parse_router_weights);
-  f.word("load_count", o.load_count, [](LoadCount v) { return to_string(v); }, parse_load_count);
+  f.word(
+      "router_weights", o.router_weights, [](RouterWeights v) { return to_string(v); }, parse_router_weights);
+  f.word(
+      "load_count", o.load_count, [](LoadCount v) { return to_string(v); }, parse_load_count);
   f.number("balance_coefficient", o.balance_coefficient);
   f.number("z_coefficient", o.z_coefficient);
   f.object("capacity", [&](auto& inner) { visit_capacity(inner, o.capacity); });
@@ -56,11 +59,14 @@ void visit_model(Fields& f, LanguageModelOptions& o) {
   f.number("hidden", o.hidden);
   f.number("heads", o.heads);
   f.number("context", o.context);
-  f.word("kind", o.kind, [](BlockKind v) { return to_string(v); }, parse_block_kind);
-  f.word("pattern", o.pattern, [](LayerPattern v) { return to_string(v); }, parse_layer_pattern);
+  f.word(
+      "kind", o.kind, [](BlockKind v) { return to_string(v); }, parse_block_kind);
+  f.word(
+      "pattern", o.pattern, [](LayerPattern v) { return to_string(v); }, parse_layer_pattern);
   f.number("ffn", o.ffn);
   f.number("alpha", o.alpha);
-  f.word("activation", o.activation, [](Activation v) { return to_string(v); }, parse_activation);
+  f.word(
+      "activation", o.activation, [](Activation v) { return to_string(v); }, parse_activation);
   f.number("bias", o.bias);
   f.number("tied_head", o.tied_head);
   f.object("moe", [&](auto& inner) { visit_moe(inner, o.moe); });

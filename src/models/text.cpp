@@ -93,10 +93,10 @@ ByteText load_text(const std::vector<std::string>& paths, const TextOptions& opt
   TORCH_CHECK_VALUE(!texts.empty(), "turnout: no text found in ", all.empty() ? "no path at all" : all);
   if (texts.size() == 1) return cut(texts.front());
 
-  const auto smallest = std::min_element(texts.begin(), texts.end(),
-                                         [](const Found& a, const Found& b) { return a.hash < b.hash; });
-  const bool none = std::none_of(texts.begin(), texts.end(),
-                                 [](const Found& file) { return file.hash % kOneInHeldOut == 0; });
+  const auto smallest =
+      std::min_element(texts.begin(), texts.end(), [](const Found& a, const Found& b) { return a.hash < b.hash; });
+  const bool none =
+      std::none_of(texts.begin(), texts.end(), [](const Found& file) { return file.hash % kOneInHeldOut == 0; });
   ByteText text;
   for (const Found& file : texts) {
     const bool held_out = none ? file.hash == smallest->hash : file.hash % kOneInHeldOut == 0;

@@ -29,9 +29,7 @@ at::Tensor rotary_table(int64_t context, int64_t pairs) {
   return at::stack({angle_LP.cos(), angle_LP.sin()}, -1).to(at::kFloat).view({context, 1, 1, pairs, 2});
 }
 
-torch::nn::LayerNorm make_norm(int64_t hidden) {
-  return torch::nn::LayerNorm(torch::nn::LayerNormOptions({hidden}));
-}
+torch::nn::LayerNorm make_norm(int64_t hidden) { return torch::nn::LayerNorm(torch::nn::LayerNormOptions({hidden})); }
 
 torch::nn::Linear make_linear(int64_t in, int64_t out) {
   return torch::nn::Linear(torch::nn::LinearOptions(in, out).bias(false));
@@ -126,8 +124,8 @@ void ByteLanguageModelImpl::check_tokens(const at::Tensor& tokens) const {
   TORCH_CHECK_VALUE(tokens.defined() && tokens.dim() == 2, "turnout: ByteLanguageModel: tokens are ",
                     tokens.defined() ? std::to_string(tokens.dim()) + "-dimensional" : std::string("undefined"),
                     ", expected [batch, sequence]");
-  TORCH_CHECK_TYPE(tokens.scalar_type() == at::kLong, "turnout: ByteLanguageModel: tokens are ",
-                   tokens.scalar_type(), ", expected int64");
+  TORCH_CHECK_TYPE(tokens.scalar_type() == at::kLong, "turnout: ByteLanguageModel: tokens are ", tokens.scalar_type(),
+                   ", expected int64");
   TORCH_CHECK_VALUE(tokens.size(1) >= 1 && tokens.size(1) <= options.context,
                     "turnout: ByteLanguageModel: tokens have a sequence of ", tokens.size(1),
                     ", expected 1 to the context, ", options.context);

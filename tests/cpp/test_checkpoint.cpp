@@ -85,7 +85,8 @@ TEST_F(Checkpoint, HostileFilesAreRefusedByNameAndTensor) {
   says(file_of("{}", 4), "holds 4 bytes of data, its tensors need 0");
   says(file_of("{\"__metadata__\":{\"a\":1}}"), "__metadata__ 'a' is no text");
   says(file_of(entry("\"dtype\":\"F32\",\"shape\":[1]"), 4), "tensor 'w' lacks");
-  says(file_of(entry("\"dtype\":\"F8_E4M3\",\"shape\":[4],\"data_offsets\":[0,4]"), 4), "tensor 'w' has the unknown dtype");
+  says(file_of(entry("\"dtype\":\"F8_E4M3\",\"shape\":[4],\"data_offsets\":[0,4]"), 4),
+       "tensor 'w' has the unknown dtype");
   says(file_of(entry("\"dtype\":7,\"shape\":[4],\"data_offsets\":[0,4]"), 4), "tensor 'w' has the unknown dtype 7");
   says(file_of(entry("\"dtype\":\"F32\",\"shape\":[-1],\"data_offsets\":[0,4]"), 4), "the size -1");
   says(file_of(entry("\"dtype\":\"F32\",\"shape\":[1.5],\"data_offsets\":[0,4]"), 4), "the size 1.5");
@@ -132,8 +133,7 @@ TEST_F(Checkpoint, AFullDiskLeavesTheOldFile) {
   const rlimit small{4096, before.rlim_max};
   const auto handler = std::signal(SIGXFSZ, SIG_IGN);
   ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &small), 0);
-  const std::string message =
-      testing::message_of([&] { save_tensors(path("x"), {{{"w", at::zeros(100000)}}, {}}); });
+  const std::string message = testing::message_of([&] { save_tensors(path("x"), {{{"w", at::zeros(100000)}}, {}}); });
   setrlimit(RLIMIT_FSIZE, &before);
   std::signal(SIGXFSZ, handler);
   EXPECT_NE(message.find(path("x") + ": cannot write: "), std::string::npos) << message;

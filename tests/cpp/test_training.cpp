@@ -63,8 +63,9 @@ TEST_F(Training, StepsLikeTheAdamWOfTorch) {
   using torch::optim::AdamWOptions;
   const auto group = [&](const std::vector<at::Tensor>& parameters, double decay) {
     return torch::optim::OptimizerParamGroup(
-        parameters, std::make_unique<AdamWOptions>(
-                        AdamWOptions(1).betas({training.beta1, training.beta2}).eps(training.epsilon).weight_decay(decay)));
+        parameters,
+        std::make_unique<AdamWOptions>(
+            AdamWOptions(1).betas({training.beta1, training.beta2}).eps(training.epsilon).weight_decay(decay)));
   };
   std::vector<torch::optim::OptimizerParamGroup> groups;
   groups.push_back(group(decayed, training.weight_decay));
@@ -195,7 +196,8 @@ TEST_F(Training, ImpossibleOptionsAndTextsAreNamed) {
   options = tiny_training(1);
   options.clip = 0;
   EXPECT_SAYS(check(options), "clip is 0");
-  EXPECT_SAYS(Trainer(tiny_model(tiny_options()), tiny_training(1), repeated_text("a", 8)), "training text has 8 bytes");
+  EXPECT_SAYS(Trainer(tiny_model(tiny_options()), tiny_training(1), repeated_text("a", 8)),
+              "training text has 8 bytes");
 }
 
 TEST_F(Training, HeldOutFilesAreWholeStableAndNeverTrainedOn) {
