@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup build program compare test sanitize sanitize-kernels format clean
+.PHONY: help setup build program compare test sanitize sanitize-kernels fuzz format clean
 
 # Starts a recipe in the Python environment of the set-up, which also holds cmake and ninja.
 in_environment = python="$$(scripts/python.sh)"; export PATH="$$(dirname "$$python"):$$PATH";
@@ -30,7 +30,10 @@ sanitize: setup ## run the C++ tests with the address and undefined-behaviour sa
 	@$(call configure,asan) cmake --build --preset asan; ctest --preset asan
 
 sanitize-kernels: setup ## the same for the torch-free kernels alone
-	@$(call configure,asan) cmake --build --preset asan --target kernels_test; ctest --preset asan -R kernels
+	@$(call configure,asan) cmake --build --preset asan --target kernels_test kernels_fuzz; ctest --preset asan -R kernels
+
+fuzz: setup ## random cases of the kernels against the reference, sanitized (ARGS="[cases [first seed]]")
+	@$(call configure,asan) cmake --build --preset asan --target kernels_fuzz; build-asan/bin/kernels_fuzz $(ARGS)
 
 format: ## format the C++ sources with clang-format
 	@find include src cli tests -name '*.h' -o -name '*.cpp' | xargs clang-format -i
