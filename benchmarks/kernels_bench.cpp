@@ -89,10 +89,10 @@ class Pool {
 #define CHAIN4(op, a, b, c, d)                                                                                         \
   op " %%zmm31, %%zmm30, %%zmm" #a "\n" op " %%zmm31, %%zmm30, %%zmm" #b "\n" op " %%zmm31, %%zmm30, %%zmm" #c "\n" op \
      " %%zmm31, %%zmm30, %%zmm" #d "\n"
-#define CHAIN24(op)                                                                                     \
-  CHAIN4(op, 0, 1, 2, 3)                                                                                \
-  CHAIN4(op, 4, 5, 6, 7) CHAIN4(op, 8, 9, 10, 11) CHAIN4(op, 12, 13, 14, 15) CHAIN4(op, 16, 17, 18, 19) \
-      CHAIN4(op, 20, 21, 22, 23)
+#define CHAIN24(op)      \
+  CHAIN4(op, 0, 1, 2, 3) \
+  CHAIN4(op, 4, 5, 6, 7) \
+  CHAIN4(op, 8, 9, 10, 11) CHAIN4(op, 12, 13, 14, 15) CHAIN4(op, 16, 17, 18, 19) CHAIN4(op, 20, 21, 22, 23)
 #define CLOBBERS                                                                                                      \
   "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", \
       "xmm14", "xmm15"
@@ -296,10 +296,12 @@ int main(int argc, char** argv) {
                              "step",           "step recompute", "step fresh"};
       if (std::none_of(std::begin(kinds), std::end(kinds), wanted)) continue;
       Bank bank(s, t);
-      const PackedExperts packed(impl, bank.problem(), parallel);
+      const PackedLayout layout(impl, bank.problem());
+      const std::unique_ptr<char, void (*)(char*)> memory(huge_alloc(layout.bytes()), huge_free);
+      pack(impl, bank.problem(), memory.get(), parallel);
+      const PackedExperts packed(layout, memory.get(), layout.bytes());
       if (decode) {
-        const char* memory = static_cast<const char*>(packed.up(0));
-        const auto read = [&] { return bandwidth(memory, int64_t{200} << 20, parallel); };
+        const auto read = [&] { return bandwidth(memory.get(), int64_t{200} << 20, parallel); };
         for (const bool plain : {false, true})
           if (wanted(kinds[plain]))
             show(base + kinds[plain], bank.weight_bytes(), "GB/s", seconds, read,

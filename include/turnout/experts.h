@@ -47,6 +47,33 @@ at::Tensor experts(const at::Tensor& x, const at::Tensor& topk_weights, const Di
 at::Tensor fused_experts(const at::Tensor& x, const at::Tensor& topk_ids, const at::Tensor& topk_weights,
                          const ExpertWeights& weights, Activation activation);
 
+/// A snapshot of the weights of all experts, owned, for inference. Later changes of the weights do not reach it.
+struct PackedExperts {
+  at::Tensor data;         ///< uint8 [bytes]: up and down in the panels of one kernel; undefined: `plain` holds them
+  std::string layout;      ///< which kernel, type and sizes `data` is for; empty where that is undefined
+  int64_t num_experts = 0;
+  int64_t ffn = 0;
+  Activation activation = Activation::swiglu;
+  ExpertWeights plain{};   ///< copies of the biases; of up and down too where no kernel serves their type or device
+};
+
+/// Packs float32 and bfloat16 weights on the CPU for the active kernel, and copies what other types and devices have.
+///
+/// Time: the weights are read once and written once, at the speed of memory. Memory: that of the weights, with each
+/// expert's outputs padded to a panel (32, on AVX-512; 16 gate and 16 up rows where gated) and its odd bfloat16 columns
+/// to a pair; what it was made from is no longer needed.
+/// A forward from it packs nothing: worth it from the first call that a set of weights serves twice.
+/// @throws c10::ValueError or c10::TypeError for weights that do not fit together
+PackedExperts prepack(const ExpertWeights& weights, Activation activation);
+
+/// plan() and experts() in one call from packed weights, to the bits of what plain weights give on the same kernel, or
+/// near them where that reads few rows in place.
+///
+/// @throws c10::ValueError when `packed` was made for another kernel (as on another machine), type or size, or is not
+///   aligned to 64 bytes; c10::Error when a gradient is asked
+at::Tensor fused_experts(const at::Tensor& x, const at::Tensor& topk_ids, const at::Tensor& topk_weights,
+                         const PackedExperts& packed);
+
 /// The same feed-forward network for every row (one expert, weight 1): the dense twin and shared experts.
 ///
 /// @param x [..., hidden]; up [U, hidden]; down [hidden, ffn]; biases may be undefined

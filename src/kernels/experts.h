@@ -10,7 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
+#include <string>
 #include <type_traits>
 
 namespace turnout::kernels {
@@ -75,32 +75,60 @@ struct ExpertsGradients {
 
 struct Implementation;  // table.h
 
-/// An owned snapshot of the weights of a bank, in the panel layout of one implementation, for inference.
-///
-/// Memory: that of the weights, outputs padded to a panel (32 on AVX-512). Cost: reading and writing the weights once.
-class PackedExperts {
+/// How the weights of a bank lie in one block of memory, packed into the panels of one implementation, for inference.
+class PackedLayout {
  public:
-  /// Reads problem.{up, down} and the sizes; the routing fields may be empty.
-  PackedExperts(const Implementation& implementation, const ExpertsProblem& problem, const ParallelFor& parallel);
+  /// Of problem.{hidden, ffn, num_experts, dtype, activation}; no pointer is read.
+  /// @throws std::invalid_argument for f64 on any implementation but `reference`
+  PackedLayout(const Implementation& implementation, const ExpertsProblem& problem);
 
   const Implementation& implementation() const { return *implementation_; }
-  size_t bytes() const { return bytes_; }
-  const void* up(int64_t expert) const { return data_.get() + expert * up_bytes_; }
-  const void* down(int64_t expert) const { return data_.get() + down_offset_ + expert * down_bytes_; }
+  /// Those of the weights, with outputs padded to a panel (32 on AVX-512) and odd bf16 reductions to a pair.
+  size_t bytes() const { return (up_bytes_ + down_bytes_) * static_cast<size_t>(num_experts_); }
+  size_t up(int64_t expert) const { return static_cast<size_t>(expert) * up_bytes_; }
+  size_t down(int64_t expert) const {
+    return static_cast<size_t>(num_experts_) * up_bytes_ + static_cast<size_t>(expert) * down_bytes_;
+  }
 
-  /// True where these weights have the sizes, type and activation of `problem`.
+  /// Implementation, type, form of `up` and sizes in words, such as "avx512_bf16 bf16 gated 64x1024x512 v1": equal
+  /// words mean equal layouts, also from one process to another.
+  std::string words() const;
+
+  /// True where weights so packed have the sizes, type and form of `problem`.
   bool fits(const ExpertsProblem& problem) const;
 
  private:
-  struct Free {
-    void operator()(char* p) const;
-  };
   const Implementation* implementation_;
   int64_t hidden_, ffn_, num_experts_;
   DType dtype_;
-  Activation activation_;
-  size_t up_bytes_ = 0, down_bytes_ = 0, down_offset_ = 0, bytes_ = 0;
-  std::unique_ptr<char, Free> data_;
+  bool gated_;
+  size_t up_bytes_ = 0, down_bytes_ = 0;  // of an expert, multiples of a cache line
+};
+
+/// Alignment of packed weights: the panels are read by whole cache lines.
+constexpr size_t kPackedAlignment = 64;
+
+/// Writes problem.{up, down} to `packed`, PackedLayout(implementation, problem).bytes() long and aligned to
+/// kPackedAlignment; the routing fields may be empty.
+///
+/// @throws std::invalid_argument as PackedLayout, or for a misaligned `packed`
+/// Reads and writes the weights once; parallel over experts.
+void pack(const Implementation& implementation, const ExpertsProblem& problem, void* packed,
+          const ParallelFor& parallel);
+
+/// Weights that pack() wrote, in memory that the caller keeps: a view.
+class PackedExperts {
+ public:
+  /// @throws std::invalid_argument where `bytes` is not what the layout takes, or `data` is misaligned
+  PackedExperts(const PackedLayout& layout, const void* data, size_t bytes);
+
+  const PackedLayout& layout() const { return layout_; }
+  const void* up(int64_t expert) const { return data_ + layout_.up(expert); }
+  const void* down(int64_t expert) const { return data_ + layout_.down(expert); }
+
+ private:
+  PackedLayout layout_;
+  const char* data_;
 };
 
 /// y [tokens, hidden] of the bank, by `implementation`.

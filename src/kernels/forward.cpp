@@ -160,10 +160,9 @@ void check_type(const Implementation& implementation, const ExpertsProblem& prob
 void forward(const Implementation& implementation, const ExpertsProblem& problem, const PackedExperts* packed, void* y,
              void* saved_up, const ParallelFor& parallel) {
   check_type(implementation, problem);
-  if (packed && (&packed->implementation() != &implementation || !packed->fits(problem)))
-    throw std::invalid_argument(std::string("packed experts were made for '") + packed->implementation().name +
-                                "' or for other sizes, type or activation than this call's ('" + implementation.name +
-                                "')");
+  if (packed && (&packed->layout().implementation() != &implementation || !packed->layout().fits(problem)))
+    throw std::invalid_argument("packed experts are '" + packed->layout().words() + "', expected '" +
+                                PackedLayout(implementation, problem).words() + "'");
   if (implementation.stages == nullptr) return ref::forward(problem, packed, y, saved_up);
   forward_stages(*implementation.stages, problem, packed, y, saved_up, parallel);
 }

@@ -30,7 +30,7 @@ void check_weights(const ExpertsArgs& args, const char* name, at::TensorList wei
 
 }  // namespace
 
-ExpertsSizes check_experts(const ExpertsArgs& args) {
+void check_routed(const ExpertsArgs& args) {
   check_dim(kOp, "x", args.x, 2, "[tokens, hidden]");
   check_floating(kOp, "x", args.x);
   check_plan_tensors(kOp, args.token_of_row, args.row_of_choice, args.x);
@@ -43,7 +43,17 @@ ExpertsSizes check_experts(const ExpertsArgs& args) {
                     args.expert_offsets.sym_sizes(), ", expected [experts + 1] of at least one expert");
   check_size(kOp, "x", args.x, 0, args.row_of_choice.sym_size(0), "tokens of the plan");
   check_topk_weights(kOp, args.topk_weights, args.row_of_choice, args.x);
+}
 
+void check_biases(const ExpertsArgs& args, const ExpertsSizes& sizes) {
+  if (!args.up_bias.empty())
+    check_weights(args, "up_bias", args.up_bias, {sizes.up_rows},
+                  args.gated() ? "[experts, 2 · ffn]" : "[experts, ffn]");
+  if (!args.down_bias.empty()) check_weights(args, "down_bias", args.down_bias, {sizes.hidden}, "[experts, hidden]");
+}
+
+ExpertsSizes check_experts(const ExpertsArgs& args) {
+  check_routed(args);
   const auto hidden = args.x.sym_size(1);
   const char* up_words = args.gated() ? "[experts, 2 · ffn, hidden]" : "[experts, ffn, hidden]";
   check_weights(args, "up", args.up, {-1, hidden}, up_words);
@@ -53,10 +63,9 @@ ExpertsSizes check_experts(const ExpertsArgs& args) {
   const auto ffn = args.gated() ? up_rows / 2 : up_rows;
   check_weights(args, "up", args.up, {up_rows, hidden}, up_words);
   check_weights(args, "down", args.down, {hidden, ffn}, "[experts, hidden, ffn]");
-  if (!args.up_bias.empty())
-    check_weights(args, "up_bias", args.up_bias, {up_rows}, args.gated() ? "[experts, 2 · ffn]" : "[experts, ffn]");
-  if (!args.down_bias.empty()) check_weights(args, "down_bias", args.down_bias, {hidden}, "[experts, hidden]");
-  return {hidden, ffn, up_rows};
+  const ExpertsSizes sizes{hidden, ffn, up_rows};
+  check_biases(args, sizes);
+  return sizes;
 }
 
 }  // namespace turnout::ops

@@ -29,6 +29,10 @@ struct ExpertsSizes {
 /// @throws c10::ValueError or c10::TypeError naming the argument, what it got and what it expected
 ExpertsSizes check_experts(const ExpertsArgs& args);
 
+// Its parts, for weights that come packed: x, the plan and the routing weights; the biases.
+void check_routed(const ExpertsArgs& args);
+void check_biases(const ExpertsArgs& args, const ExpertsSizes& sizes);
+
 /// Weight of one expert, whether it stands in a bank (a list of one tensor with an experts axis) or alone.
 /// @param dim axes of one expert's weight: 2 for a matrix, 1 for a bias
 inline at::Tensor expert_of(at::TensorList weights, int64_t expert, int64_t dim) {

@@ -130,39 +130,70 @@ class Bank {
 
   /// Forward, backward and every output of an implementation.
   Outputs run(const Implementation& impl, int n_threads = 1, bool packed = false, bool recompute = false) const {
+    Outputs o = run_forward(impl, n_threads, packed);
+    run_backward(impl, n_threads, recompute ? nullptr : &o.saved, o);
+    return o;
+  }
+
+  /// y and saved.
+  Outputs run_forward(const Implementation& impl, int n_threads, bool packed) const {
     const ExpertsProblem q = problem();
     const ParallelFor parallel = threads(n_threads);
     Outputs o;
     o.y = Buffer(c_.dtype, c_.tokens * c_.hidden, c_.skew);
     o.saved = Buffer(c_.dtype, q.rows * q.up_rows(), c_.skew);
+    if (!packed) {
+      forward(impl, q, nullptr, o.y.data(), o.saved.data(), parallel);
+      return o;
+    }
+    const PackedLayout layout(impl, q);
+    const Buffer memory(DType::bf16, static_cast<int64_t>(layout.bytes() / 2));
+    pack(impl, q, memory.data(), parallel);
+    const PackedExperts weights(layout, memory.data(), layout.bytes());
+    ExpertsProblem no_weights = q;
+    no_weights.up = no_weights.down = nullptr;
+    forward(impl, no_weights, &weights, o.y.data(), o.saved.data(), parallel);
+    if (!memory.intact()) o.y.set(0, NAN);  // packing wrote behind its block
+    return o;
+  }
+
+  /// The gradients, from pre-activations or, where null, recomputing them.
+  void run_backward(const Implementation& impl, int n_threads, const Buffer* saved, Outputs& o) const {
+    const ExpertsProblem q = problem();
     o.grad_x = Buffer(c_.dtype, c_.tokens * c_.hidden, c_.skew);
     o.grad_weights = Buffer(c_.dtype == DType::f64 ? DType::f64 : DType::f32, c_.tokens * c_.top_k);
     std::vector<void*> gu, gd, gub, gdb;
     const auto make = [&](std::vector<Buffer>& list, std::vector<void*>& p, int64_t n) {
-      list.emplace_back(c_.dtype, n, c_.skew);
-      p.push_back(list.back().data());
+      list.clear();
+      for (int64_t e = 0; e < c_.experts; ++e) {
+        list.emplace_back(c_.dtype, n, c_.skew);
+        p.push_back(list.back().data());
+      }
     };
-    for (auto* l : {&o.grad_up, &o.grad_down, &o.grad_up_bias, &o.grad_down_bias})
-      l->reserve(static_cast<size_t>(c_.experts));
-    for (int64_t e = 0; e < c_.experts; ++e) {
-      make(o.grad_up, gu, q.up_rows() * c_.hidden);
-      make(o.grad_down, gd, c_.hidden * c_.ffn);
-      make(o.grad_up_bias, gub, q.up_rows());
-      make(o.grad_down_bias, gdb, c_.hidden);
-    }
-    if (packed) {
-      const PackedExperts weights(impl, q, parallel);
-      ExpertsProblem no_weights = q;
-      no_weights.up = no_weights.down = nullptr;
-      forward(impl, no_weights, &weights, o.y.data(), o.saved.data(), parallel);
-    } else {
-      forward(impl, q, nullptr, o.y.data(), o.saved.data(), parallel);
-    }
+    make(o.grad_up, gu, q.up_rows() * c_.hidden);
+    make(o.grad_down, gd, c_.hidden * c_.ffn);
+    make(o.grad_up_bias, gub, q.up_rows());
+    make(o.grad_down_bias, gdb, c_.hidden);
     ExpertsGradients g;
     g.x = o.grad_x.data(), g.topk_weights = o.grad_weights.data();
     g.up = gu.data(), g.down = gd.data(), g.up_bias = gub.data(), g.down_bias = gdb.data();
-    backward(impl, q, recompute ? nullptr : o.saved.data(), grad_y_.data(), c_.hidden, g, parallel);
-    return o;
+    backward(impl, q, saved ? saved->data() : nullptr, grad_y_.data(), c_.hidden, g, threads(n_threads));
+  }
+
+  /// The same bank with the absolute value of every number, in double: what flows through it are the sums of |a||b|.
+  Bank absolute() const {
+    Config wide = c_;
+    wide.dtype = DType::f64;
+    Bank bank(wide);  // the seed gives the same routing
+    const auto copy = [](Buffer& to, const Buffer& from) {
+      for (int64_t i = 0; i < to.size(); ++i) to.set(i, std::abs(from.get(i)));
+    };
+    copy(bank.x_, x_), copy(bank.grad_y_, grad_y_), copy(bank.weights_, weights_);
+    for (size_t e = 0; e < up_.size(); ++e) {
+      copy(bank.up_[e], up_[e]), copy(bank.down_[e], down_[e]);
+      copy(bank.up_bias_[e], up_bias_[e]), copy(bank.down_bias_[e], down_bias_[e]);
+    }
+    return bank;
   }
 
   Buffer& x() { return x_; }

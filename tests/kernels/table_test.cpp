@@ -48,17 +48,52 @@ TEST(Table, ForcedImplementationRunsOrThrows) {
   EXPECT_EXIT(child("fastest"), testing::ExitedWithCode(0), "refused: TURNOUT_FORCE_ISA.*'fastest'");
 }
 
-TEST(Table, ForeignPackedWeightsAndDoubleAreRefused) {
+TEST(Table, DoubleIsServedByTheReferenceAlone) {
   Config c;
-  const Bank bank(c);
-  const PackedExperts packed(find("portable"), bank.problem(), ParallelFor{});
-  Buffer y(DType::f32, c.tokens * c.hidden);
-  EXPECT_THROW(forward(find("reference"), bank.problem(), &packed, y.data(), nullptr, ParallelFor{}),
-               std::invalid_argument);
   c.dtype = DType::f64;
   const Bank wide(c);
+  Buffer y(DType::f64, c.tokens * c.hidden);
   EXPECT_THROW(forward(find("portable"), wide.problem(), nullptr, y.data(), nullptr, ParallelFor{}),
                std::invalid_argument);
+  EXPECT_THROW(PackedLayout(find("portable"), wide.problem()), std::invalid_argument);
+  EXPECT_EQ(PackedLayout(find("reference"), wide.problem()).words(), "reference f64 plain 4x32x32 v1");
+}
+
+TEST(Table, PackedWeightsThatDoNotFitAreRefusedInWords) {
+  Config c;
+  const Bank bank(c);
+  const Implementation &portable = find("portable"), &reference = find("reference");
+  const ExpertsProblem q = bank.problem();
+  const PackedLayout layout(portable, q);
+  Buffer memory(DType::f32, static_cast<int64_t>(layout.bytes() / 4)), y(DType::f32, c.tokens * c.hidden);
+  pack(portable, q, memory.data(), ParallelFor{});
+  const auto message = [](auto&& call) -> std::string {
+    try {
+      call();
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+    return "nothing thrown";
+  };
+  const PackedExperts packed(layout, memory.data(), layout.bytes());
+  const auto run = [&](const Implementation& impl, const ExpertsProblem& problem) {
+    return message([&] { forward(impl, problem, &packed, y.data(), nullptr, ParallelFor{}); });
+  };
+  EXPECT_EQ(run(portable, q), "nothing thrown");
+  EXPECT_EQ(run(reference, q),
+            "packed experts are 'portable f32 plain 4x32x32 v1', expected 'reference f32 plain 4x32x32 v1'");
+  ExpertsProblem other = q;
+  other.activation = Activation::swiglu;
+  EXPECT_NE(run(portable, other).find("expected 'portable f32 gated 4x32x32 v1'"), std::string::npos);
+  other = q;
+  other.ffn = 31;  // as many bytes, once padded
+  EXPECT_NE(run(portable, other).find("expected 'portable f32 plain 4x32x31 v1'"), std::string::npos);
+  EXPECT_NE(message([&] { PackedExperts(layout, memory.data(), layout.bytes() - 64); }).find("bytes, expected"),
+            std::string::npos);
+  EXPECT_NE(message([&] { PackedExperts(layout, memory.data() + 4, layout.bytes()); }).find("aligned to 64"),
+            std::string::npos);
+  EXPECT_NE(message([&] { pack(portable, q, memory.data() + 4, ParallelFor{}); }).find("aligned to 64"),
+            std::string::npos);
 }
 
 }  // namespace

@@ -75,7 +75,10 @@ def test_lists_of_experts_and_packed_weights() -> None:
         return plain, turnout.fused_experts(x, ids, weights, packed)
 
     expected = turnout.fused_experts(x, ids, weights, ups, downs, "gelu")
-    assert all(torch.equal(y, expected) for y in both(x, ids, weights, ups, downs))
+    plain, of_packed = both(x, ids, weights, ups, downs)
+    assert torch.equal(plain, expected)
+    assert torch.equal(of_packed, turnout.fused_experts(x, ids, weights, packed))
+    assert_close(of_packed, expected, TERMS)
 
 
 def test_capacity_and_slots_compile() -> None:
@@ -140,3 +143,35 @@ def test_export_with_a_dynamic_number_of_tokens() -> None:
         x = torch.randn(count, HIDDEN)
         for a, e in zip(program.module()(x), block(x), strict=True):
             assert_close(a, e, TERMS)
+
+
+class PackedBlock(nn.Module):
+    """A layer for inference that holds packed experts."""
+
+    def __init__(self, activation="swiglu") -> None:
+        super().__init__()
+        w = bank(EXPERTS, HIDDEN, FFN, activation, torch.float32)
+        self.packed = turnout.prepack(**w, activation=activation)
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return turnout.fused_experts(x, ids, weights, self.packed)
+
+
+def test_packed_experts_compile_whole() -> None:
+    block = PackedBlock()
+    x, ids, weights = torch.randn(6, HIDDEN), torch.randint(-1, EXPERTS, (6, 2)), torch.rand(6, 2)
+    assert torch.equal(torch.compile(block, fullgraph=True)(x, ids, weights), block(x, ids, weights))
+
+
+def test_packed_experts_export_for_any_number_of_tokens() -> None:
+    block = PackedBlock()
+    tokens = torch.export.Dim("tokens", min=2)
+    shapes = ({0: tokens}, {0: tokens}, {0: tokens})
+
+    def inputs(n):
+        return torch.randn(n, HIDDEN), torch.randint(-1, EXPERTS, (n, 2)), torch.rand(n, 2)
+
+    program = torch.export.export(block, inputs(6), dynamic_shapes=shapes)
+    for n in (2, 33):
+        given = inputs(n)
+        assert torch.equal(program.module()(*given), block(*given))

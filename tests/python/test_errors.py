@@ -76,7 +76,7 @@ OPS = [
     (lambda: fused(up=packed()), TypeError, "turnout.fused_experts: down is given beside packed weights"),
     (lambda: fused(up=packed(), down=None, activation="geglu"), ValueError, "activation is 'geglu', expected 'swiglu'"),
     (lambda: turnout.prepack(UP, DOWN[..., :4]), ValueError, r"turnout::experts: down has shape \[2, 3, 4\]"),
-    (lambda: turnout.prepack([], []), ValueError, "turnout.prepack: up is empty"),
+    (lambda: turnout.prepack([], []), ValueError, "turnout::prepack: up is empty"),
     (lambda: turnout.feed_forward(X, UP[0, :, :2], DOWN[0]), ValueError, "turnout::feed_forward: up has shape"),
 ]  # fmt: skip
 

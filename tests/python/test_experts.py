@@ -1,5 +1,10 @@
 """fused_experts, feed_forward and prepack against the loop over tokens; layouts, types, empty cases, NaN, repeats."""
 
+import copy
+import dataclasses
+import io
+import pickle
+
 import pytest
 import torch
 import turnout
@@ -199,12 +204,76 @@ class TestPrepack:
     def pack(self, w, activation):
         return turnout.prepack(w["up"], w["down"], activation, up_bias=w["up_bias"], down_bias=w["down_bias"])
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
     @pytest.mark.parametrize("activation", ["swiglu", "relu"])
-    def test_stands_in_for_the_weights(self, activation) -> None:
+    def test_stands_in_for_the_weights(self, activation, dtype) -> None:
         x, ids, weights, w = self.given(activation)
+        x, w = x.to(dtype), {name: t.to(dtype) for name, t in w.items()}
         expected = run(x, ids, weights, w, activation)
-        assert torch.equal(turnout.fused_experts(x, ids, weights, self.pack(w, activation)), expected)
-        assert torch.equal(turnout.fused_experts(x, ids, weights, self.pack(as_lists(w), activation)), expected)
+        of_bank = self.pack(w, activation)
+        y = turnout.fused_experts(x, ids, weights, of_bank)
+        # few rows on plain weights are read in place: the same sums in another order
+        assert_close(y, expected, TERMS)
+        of_lists = self.pack(as_lists(w), activation)
+        assert torch.equal(turnout.fused_experts(x, ids, weights, of_lists), y)
+        if of_bank.data is not None:
+            assert torch.equal(of_bank.data, of_lists.data)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_is_one_tensor_of_bytes(self, dtype) -> None:
+        _, _, _, w = self.given()
+        packed = self.pack({name: t.to(dtype) for name, t in w.items()}, "swiglu")
+        active = next(choice.name for choice in turnout.kernel_choices() if choice.active)
+        kind = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+        assert packed.layout == f"{active} {kind} gated {EXPERTS}x{HIDDEN}x{FFN} v1"
+        assert packed.data.dtype == torch.uint8 and packed.data.dim() == 1 and packed.data.data_ptr() % 64 == 0
+        assert packed.up == packed.down == () and (packed.num_experts, packed.ffn) == (EXPERTS, FFN)
+
+    def test_pickles_and_copies(self) -> None:
+        x, ids, weights, w = self.given()
+        packed = self.pack(w, "swiglu")
+        expected = turnout.fused_experts(x, ids, weights, packed)
+        file = io.BytesIO()
+        torch.save(packed, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        for again in (pickle.loads(pickle.dumps(packed)), copy.deepcopy(packed), loaded):
+            assert again.data.data_ptr() != packed.data.data_ptr()
+            assert torch.equal(turnout.fused_experts(x, ids, weights, again), expected)
+
+    def test_refuses_what_does_not_fit(self) -> None:
+        x, ids, weights, w = self.given()
+        packed = self.pack(w, "swiglu")
+
+        def call(x=x, **changes):
+            return turnout.fused_experts(x, ids, weights, dataclasses.replace(packed, **changes))
+
+        foreign = packed.layout.replace(packed.layout.split()[0], "neon")
+        padded = torch.cat([packed.data.new_zeros(4), packed.data])
+        both = f"packed has the layout '{foreign}', expected '{packed.layout}'"
+        for error, words, run_it in [
+            (ValueError, both, lambda: call(layout=foreign)),
+            (ValueError, "expected '.* bf16 gated", lambda: call(x.bfloat16(), up_bias=(), down_bias=())),
+            (ValueError, "gated 5x8x11 v1'", lambda: call(ffn=11, up_bias=(), down_bias=())),
+            (ValueError, "plain 5x8x12 v1'", lambda: call(activation="relu", up_bias=(), down_bias=())),
+            (ValueError, r"packed has \d+ bytes, expected \d+", lambda: call(data=packed.data[:-64])),
+            (ValueError, "packed is not aligned to 64 bytes", lambda: call(data=padded[4:])),
+            (ValueError, "packed is not contiguous", lambda: call(data=torch.cat([packed.data] * 2)[::2])),
+            (TypeError, "packed is Float, expected uint8", lambda: call(data=packed.data.float())),
+            (TypeError, "x is Half, expected float32 or bfloat16", lambda: call(x.half(), up_bias=(), down_bias=())),
+        ]:
+            with pytest.raises(error, match=words):
+                run_it()
+
+    def test_under_autocast_x_takes_the_packed_type(self) -> None:
+        x, ids, weights, w = self.given()
+        low = self.pack({name: t.bfloat16() for name, t in w.items()}, "swiglu")
+        with torch.no_grad():
+            expected = turnout.fused_experts(x.bfloat16(), ids, weights, low)
+            full = turnout.fused_experts(x, ids, weights, self.pack(w, "swiglu"))
+            with torch.autocast("cpu", torch.bfloat16):
+                assert torch.equal(turnout.fused_experts(x, ids, weights, low), expected)
+                assert torch.equal(turnout.fused_experts(x, ids, weights, self.pack(w, "swiglu")), full)
 
     def test_is_a_snapshot(self) -> None:
         x, ids, weights, w = self.given()
