@@ -16,8 +16,6 @@ at::Tensor topk_aten(const at::Tensor& scores, int64_t top_k) {
   return ids.narrow(-1, 0, top_k).contiguous();
 }
 
-namespace {
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_aten(const at::Tensor& topk_ids, int64_t num_experts) {
   check_plan(topk_ids, num_experts);
   const auto top_k = topk_ids.size(1);
@@ -34,6 +32,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_aten(const at::Tensor& topk_
   const auto row_N = at::empty_like(ids_N).scatter(0, choice_of_row, at::arange(ids_N.numel(), ids_N.options()));
   return {offsets, token_of_row, at::where(ids_N.lt(0), -1, row_N).view(topk_ids.sizes())};
 }
+
+namespace {
 
 at::Tensor queue_positions_aten(const at::Tensor& topk_ids, int64_t num_experts, c10::SymInt group_size_symint,
                                 c10::string_view order, const std::optional<at::Tensor>& priority) {
