@@ -32,8 +32,8 @@ sanitize: setup ## run the C++ tests with the address and undefined-behaviour sa
 sanitize-kernels: setup ## the same for the torch-free kernels alone
 	@$(call configure,asan) cmake --build --preset asan --target kernels_test kernels_fuzz; ctest --preset asan -R kernels
 
-fuzz: setup ## random cases of the kernels against the reference, sanitized (ARGS="[cases [first seed]]")
-	@$(call configure,asan) cmake --build --preset asan --target kernels_fuzz; build-asan/bin/kernels_fuzz $(ARGS)
+fuzz: setup ## 100,000 random cases of the kernels against the reference, sanitized (ARGS="[cases [first seed]]")
+	@$(call configure,asan) cmake --build --preset asan --target kernels_fuzz; build-asan/bin/kernels_fuzz $(or $(ARGS),100000)
 
 format: ## format the C++ sources with clang-format
 	@find include src cli tests -name '*.h' -o -name '*.cpp' | xargs clang-format -i
