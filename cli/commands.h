@@ -8,5 +8,6 @@ namespace turnout::cli {
 void add_compare(CLI::App& program);
 void add_train(CLI::App& program);
 void add_generate(CLI::App& program);
+void add_bench(CLI::App& program);
 
 }  // namespace turnout::cli

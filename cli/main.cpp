@@ -45,13 +45,15 @@ int run(int argc, char** argv) {
       "Examples:\n"
       "  turnout compare                          dense against MoE, equal FLOPs, about 5 minutes\n"
       "  turnout train --output runs/mine         one model, with checkpoints\n"
-      "  turnout generate runs/mine --prompt 'def '",
+      "  turnout generate runs/mine --prompt 'def '\n"
+      "  turnout bench --shape few-rows           the experts against the limits of this machine",
       "turnout"};
   program.set_version_flag("--version", [] { return turnout::cli::version_text(); });
   program.require_subcommand(1);
   turnout::cli::add_compare(program);
   turnout::cli::add_train(program);
   turnout::cli::add_generate(program);
+  turnout::cli::add_bench(program);
   try {
     program.parse(argc, argv);
     if (std::fflush(stdout) != 0) throw turnout::FileError("standard output: cannot write");
@@ -59,7 +61,8 @@ int run(int argc, char** argv) {
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == 0) return program.exit(error);
     if (argc > 1 && argv[1][0] != '-' && program.get_subcommands().empty())
-      return fail(2, fmt::format("unknown subcommand '{}', expected compare, train or generate (see --help)", argv[1]));
+      return fail(2, fmt::format("unknown subcommand '{}', expected compare, train, generate or bench (see --help)",
+                                 argv[1]));
     return fail(2, std::string(error.what()) + " (see --help)");
   } catch (const turnout::cli::Interrupted& stop) {
     return fail(130, stop.what());

@@ -19,6 +19,7 @@ if(TARGET turnout_cli)
   set_target_properties(turnout_cli PROPERTIES
     INSTALL_RPATH "$ORIGIN/${program_to_library};${TURNOUT_TORCH_DIR}/lib")
   install(TARGETS turnout_cli)
+  install(DIRECTORY benchmarks/shapes DESTINATION "${CMAKE_INSTALL_DATADIR}/turnout")
 endif()
 
 include(CMakePackageConfigHelpers)
