@@ -39,7 +39,8 @@ struct ExpertWeights {
 /// @throws c10::ValueError or c10::TypeError naming the argument, what it got and what it expected
 /// Cost 2 · rows · hidden · (U + ffn) multiply-adds, plus the pre-activations kept for the backward.
 /// Gradient: to x, topk_weights, every weight and bias; an expert without rows gets zeros. Double backward is refused.
-/// Deterministic: the same bits from run to run. A NaN or Inf token harms only itself.
+/// Deterministic: the same bits from run to run, and in float32 and bfloat16 on the CPU at any number of threads. A NaN or
+/// Inf token harms only itself.
 at::Tensor experts(const at::Tensor& x, const at::Tensor& topk_weights, const DispatchPlan& plan,
                    const ExpertWeights& weights, Activation activation);
 

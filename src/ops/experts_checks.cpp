@@ -68,4 +68,22 @@ ExpertsSizes check_experts(const ExpertsArgs& args) {
   return sizes;
 }
 
+void check_experts_backward(const at::Tensor& grad, const ExpertsArgs& args, const ExpertsSizes& sizes,
+                            const at::Tensor& preactivations) {
+  constexpr const char* kBackward = "turnout::experts_backward";
+  check_dim(kBackward, "grad", grad, 2, "[tokens, hidden]");
+  check_size(kBackward, "grad", grad, 0, args.x.sym_size(0), "tokens of x");
+  check_size(kBackward, "grad", grad, 1, args.x.sym_size(1), "hidden of x");
+  check_dim(kBackward, "preactivations", preactivations, 2, "[rows, rows of up]");
+  check_size(kBackward, "preactivations", preactivations, 1, sizes.up_rows, "rows of up");
+  TORCH_CHECK_VALUE(preactivations.sym_size(0) == 0 || preactivations.sym_size(0) == args.token_of_row.sym_size(0),
+                    kBackward, ": preactivations has shape ", preactivations.sym_sizes(), ", expected 0 or ",
+                    args.token_of_row.sym_size(0), " rows");
+  for (const auto& [name, tensor] : {std::pair{"grad", grad}, {"preactivations", preactivations}}) {
+    TORCH_CHECK_TYPE(tensor.scalar_type() == args.x.scalar_type(), kBackward, ": ", name, " is ",
+                     tensor.scalar_type(), ", expected ", args.x.scalar_type(), " as x is");
+    check_device(kBackward, name, tensor, "x", args.x);
+  }
+}
+
 }  // namespace turnout::ops

@@ -33,6 +33,11 @@ ExpertsSizes check_experts(const ExpertsArgs& args);
 void check_routed(const ExpertsArgs& args);
 void check_biases(const ExpertsArgs& args, const ExpertsSizes& sizes);
 
+/// What experts_backward is given beside the arguments of the forward.
+/// @param preactivations [rows, up_rows], or [0, up_rows] where they are computed anew
+void check_experts_backward(const at::Tensor& grad, const ExpertsArgs& args, const ExpertsSizes& sizes,
+                            const at::Tensor& preactivations);
+
 /// Weight of one expert, whether it stands in a bank (a list of one tensor with an experts axis) or alone.
 /// @param dim axes of one expert's weight: 2 for a matrix, 1 for a bias
 inline at::Tensor expert_of(at::TensorList weights, int64_t expert, int64_t dim) {

@@ -194,6 +194,23 @@ TEST(Experts, RefusesASecondDerivativeInWords) {
   EXPECT_SAYS(grad.sum().backward(), "turnout::experts: no second derivative");
 }
 
+TEST(ExpertsErrors, RefuseAPlanThatDoesNotBelongTogether) {
+  const auto weights = bank(2, 4, 3);
+  const auto x = at::randn({3, 4});
+  const auto made = plan(ids({{0}, {1}, {0}}), 2);
+  const auto run = [&](const DispatchPlan& given) {
+    experts(x, at::ones({3, 1}), given, weights.weights(), Activation::relu);
+  };
+  const auto numbers = [](std::vector<int64_t> values) { return at::tensor(values, at::kLong); };
+  EXPECT_SAYS(run({numbers({0, 2, 9}), made.token_of_row, made.row_of_choice}), "ends with 9 rows, expected at most 3");
+  EXPECT_SAYS(run({numbers({0, 5, 3}), made.token_of_row, made.row_of_choice}), "falls from 5 to 3 at expert 1");
+  EXPECT_SAYS(run({numbers({-7, 2, 3}), made.token_of_row, made.row_of_choice}), "begins with -7, expected 0");
+  EXPECT_SAYS(run({made.expert_offsets, numbers({0, 99, 1}), made.row_of_choice}), "token_of_row[1] is 99");
+  EXPECT_SAYS(run({made.expert_offsets, made.token_of_row, numbers({0, 1000, 1}).view({3, 1})}),
+              "row_of_choice[1, 0] is 1000, which is neither -1 nor a row of that token");
+  EXPECT_SAYS(run({made.expert_offsets, made.token_of_row, numbers({1, 0, 2}).view({3, 1})}), "row_of_choice[0, 0] is 1");
+}
+
 TEST(ExpertsErrors, NameTheArgumentWhatItGotAndWhatWasExpected) {
   const auto weights = bank(2, 4, 3);
   const auto chosen = ids({{0}, {1}, {0}});

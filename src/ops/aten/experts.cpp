@@ -94,7 +94,7 @@ std::tuple<at::Tensor, at::Tensor> experts_forward_aten(const ExpertsArgs& args,
 
 ExpertsGradients experts_backward_aten(const at::Tensor& grad_TD, const ExpertsArgs& args, const at::Tensor& kept_RU,
                                        std::array<bool, 6> needs) {
-  check_experts(args);
+  check_experts_backward(grad_TD, args, check_experts(args), kept_RU);
   const auto rows = args.token_of_row.size(0), top_k = args.row_of_choice.size(1);
   ExpertsGradients grads;
   const auto zeros_of = [](at::TensorList tensors, bool needed) {

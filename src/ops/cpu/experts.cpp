@@ -33,6 +33,7 @@ ExpertsGradients experts_backward_cpu(const at::Tensor& grad, const ExpertsArgs&
   const auto type = kernel_type(args.x.scalar_type(), implementation);
   if (!type) return experts_backward_aten(grad, args, kept, needs);
   const auto sizes = check_experts(args);
+  check_experts_backward(grad, args, sizes, kept);
   const Prepared prepared(args, sizes.ffn.expect_int(), *type);
   const auto empty_like = [](at::TensorList tensors, bool needed) {
     std::vector<at::Tensor> grads;
@@ -58,7 +59,8 @@ ExpertsGradients experts_backward_cpu(const at::Tensor& grad, const ExpertsArgs&
   pointers.up_bias = up_bias.write();
   pointers.down_bias = down_bias.write();
   const auto rows = grad.stride(1) == 1 ? grad : grad.contiguous();
-  kernels::backward(implementation, prepared.problem, kept.size(0) > 0 ? kept.data_ptr() : nullptr, rows.data_ptr(),
+  const auto saved = kept.contiguous();
+  kernels::backward(implementation, prepared.problem, saved.size(0) > 0 ? saved.data_ptr() : nullptr, rows.data_ptr(),
                     rows.stride(0), pointers, torch_threads());
   made.topk_weights = made.topk_weights.to(args.topk_weights.scalar_type());
   return made;

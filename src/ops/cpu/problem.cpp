@@ -36,6 +36,32 @@ Pointers::Pointers(at::TensorList weights, int64_t num_experts, int64_t dim) {
   for (int64_t e = 0; e < num_experts; ++e) pointers_.push_back(expert_of(kept_, e, dim).data_ptr());
 }
 
+namespace {
+
+// The kernels follow these numbers without looking, so what plan() did not make must not reach them.
+void check_plan_values(const kernels::ExpertsProblem& problem, int64_t allocated_rows) {
+  constexpr const char* kOp = "turnout::experts";
+  const auto* offsets = problem.expert_offsets;
+  TORCH_CHECK_VALUE(offsets[0] == 0, kOp, ": expert_offsets begins with ", offsets[0], ", expected 0");
+  for (int64_t e = 0; e < problem.num_experts; ++e)
+    TORCH_CHECK_VALUE(offsets[e] <= offsets[e + 1], kOp, ": expert_offsets falls from ", offsets[e], " to ",
+                      offsets[e + 1], " at expert ", e);
+  TORCH_CHECK_VALUE(problem.rows <= allocated_rows, kOp, ": expert_offsets ends with ", problem.rows,
+                    " rows, expected at most ", allocated_rows, " (token_of_row)");
+  for (int64_t r = 0; r < problem.rows; ++r)
+    TORCH_CHECK_VALUE(problem.token_of_row[r] >= 0 && problem.token_of_row[r] < problem.tokens, kOp,
+                      ": token_of_row[", r, "] is ", problem.token_of_row[r], ", expected 0 to ", problem.tokens - 1,
+                      " in a live row");
+  for (int64_t t = 0; t < problem.tokens; ++t)
+    for (int64_t k = 0; k < problem.top_k; ++k) {
+      const auto row = problem.row_of_choice[t * problem.top_k + k];
+      TORCH_CHECK_VALUE(row >= -1 && row < problem.rows && (row == -1 || problem.token_of_row[row] == t), kOp,
+                        ": row_of_choice[", t, ", ", k, "] is ", row, ", which is neither -1 nor a row of that token");
+    }
+}
+
+}  // namespace
+
 Prepared::Prepared(const ExpertsArgs& args, int64_t ffn, kernels::DType type)
     : x(args.x.stride(1) == 1 ? args.x : args.x.contiguous()),
       topk_weights(args.topk_weights.to(type == kernels::DType::f64 ? at::kDouble : at::kFloat).contiguous()),
@@ -64,6 +90,7 @@ Prepared::Prepared(const ExpertsArgs& args, int64_t ffn, kernels::DType type)
   problem.token_of_row = token_of_row.const_data_ptr<int64_t>();
   problem.row_of_choice = row_of_choice.const_data_ptr<int64_t>();
   problem.topk_weights = topk_weights.data_ptr();
+  check_plan_values(problem, token_of_row.size(0));
 }
 
 }  // namespace turnout::ops

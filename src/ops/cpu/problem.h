@@ -27,6 +27,7 @@ class Pointers {
 };
 
 /// The problem of a call, and what its pointers point into. With empty up and down: for packed weights.
+/// @throws c10::ValueError when the three tensors of the plan do not belong together. Cost O(tokens · top_k).
 struct Prepared {
   Prepared(const ExpertsArgs& args, int64_t ffn, kernels::DType type);
   Prepared(const Prepared&) = delete;

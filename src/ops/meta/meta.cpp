@@ -50,8 +50,8 @@ std::tuple<at::Tensor, at::Tensor> experts_forward_meta(const ExpertsArgs& args,
 }
 
 ExpertsGradients experts_backward_meta(const at::Tensor& grad, const ExpertsArgs& args,
-                                       const at::Tensor& /*preactivations*/, std::array<bool, 6> needs) {
-  check_experts(args);
+                                       const at::Tensor& preactivations, std::array<bool, 6> needs) {
+  check_experts_backward(grad, args, check_experts(args), preactivations);
   const auto like = [](at::TensorList tensors, bool needed) {
     std::vector<at::Tensor> grads;
     if (needed)
