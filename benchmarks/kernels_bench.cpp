@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "experts.h"
+#include "machine_limits.h"
 #include "routing.h"
 #include "scratch.h"
 #include "table.h"
@@ -85,62 +86,12 @@ class Pool {
   std::vector<std::thread> threads_;
 };
 
-// 24 chains: 2 ports × 4 cycles of latency need 8 at least. Registers are named, so that nothing is spilled.
-#define CHAIN4(op, a, b, c, d)                                                                                         \
-  op " %%zmm31, %%zmm30, %%zmm" #a "\n" op " %%zmm31, %%zmm30, %%zmm" #b "\n" op " %%zmm31, %%zmm30, %%zmm" #c "\n" op \
-     " %%zmm31, %%zmm30, %%zmm" #d "\n"
-#define CHAIN24(op)      \
-  CHAIN4(op, 0, 1, 2, 3) \
-  CHAIN4(op, 4, 5, 6, 7) \
-  CHAIN4(op, 8, 9, 10, 11) CHAIN4(op, 12, 13, 14, 15) CHAIN4(op, 16, 17, 18, 19) CHAIN4(op, 20, 21, 22, 23)
-#define CLOBBERS                                                                                                      \
-  "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", \
-      "xmm14", "xmm15"
-
-void spin(bool bf16, int64_t n) {
-  if (bf16)
-    for (int64_t i = 0; i < n; ++i) asm volatile(CHAIN24("vdpbf16ps")::: CLOBBERS);
-  else
-    for (int64_t i = 0; i < n; ++i) asm volatile(CHAIN24("vfmadd231ps")::: CLOBBERS);
-}
-
-/// zmm registers start at zero, so that no denormal or NaN slows the loop.
-void clear_registers() {
-  asm volatile(
-      "vzeroall\nvpxord %%zmm30,%%zmm30,%%zmm30\nvpxord %%zmm31,%%zmm31,%%zmm31\n"
-      "vpxord %%zmm16,%%zmm16,%%zmm16\nvpxord %%zmm17,%%zmm17,%%zmm17\nvpxord %%zmm18,%%zmm18,%%zmm18\n"
-      "vpxord %%zmm19,%%zmm19,%%zmm19\nvpxord %%zmm20,%%zmm20,%%zmm20\nvpxord %%zmm21,%%zmm21,%%zmm21\n"
-      "vpxord %%zmm22,%%zmm22,%%zmm22\nvpxord %%zmm23,%%zmm23,%%zmm23\n" ::
-          : CLOBBERS);
-}
-
-/// Flops a second of the registers of all threads, over about 10 ms.
 double peak(bool bf16, const ParallelFor& parallel) {
-  constexpr int64_t kIterations = 1000000;
-  const double t = now();
-  parallel(parallel.threads, [&](int64_t b, int64_t e) {
-    clear_registers();
-    for (; b < e; ++b) spin(bf16, kIterations);
-  });
-  return 24.0 * (bf16 ? 64 : 32) * kIterations * parallel.threads / (now() - t);
+  return turnout::limits::register_peak(bf16, parallel.threads, parallel, now);
 }
 
 double bandwidth(const char* p, int64_t bytes, const ParallelFor& parallel) {
-  const double t = now();
-  parallel(parallel.threads, [&](int64_t b, int64_t e) {
-    const char* end = p + bytes / parallel.threads * e;
-    for (const char* q = p + bytes / parallel.threads * b; q < end; q += 256) {
-      __builtin_prefetch(q + 8192);
-      __builtin_prefetch(q + 8256);
-      __builtin_prefetch(q + 8320);
-      __builtin_prefetch(q + 8384);
-      for (int i = 0; i < 4; ++i) {
-        const auto& line = *reinterpret_cast<const char(*)[64]>(q + 64 * i);
-        asm volatile("vmovups %0, %%zmm0" ::"m"(line) : "xmm0");
-      }
-    }
-  });
-  return static_cast<double>(bytes) / (now() - t);
+  return turnout::limits::read_bandwidth(p, bytes, parallel.threads, parallel, now);
 }
 
 struct Shape {

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peers_implementations import PEERS, Absent
+from peers_implementations import PEERS, Absent, activate
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -75,15 +75,6 @@ class Case:
     def busiest_experts(self) -> list[int]:
         counts = torch.bincount(self.topk_ids.flatten(), minlength=len(self.up))
         return counts.argsort(descending=True)[:CHECKED_EXPERTS].tolist()
-
-
-def activate(name: str, u: torch.Tensor) -> torch.Tensor:
-    functional = torch.nn.functional
-    if name in ("swiglu", "geglu"):
-        gate, up = u.chunk(2, -1)
-        return (functional.silu(gate) if name == "swiglu" else functional.gelu(gate)) * up
-    return {"relu": functional.relu, "silu": functional.silu, "gelu": functional.gelu,
-            "gelu_tanh": lambda v: functional.gelu(v, approximate="tanh")}[name](u)
 
 
 def reference(case: Case, step: bool) -> dict[str, torch.Tensor]:
