@@ -13,7 +13,7 @@ namespace turnout {
 /// Rows grouped by expert. Shapes are static (rows = tokens · top_k), so that compiled graphs keep them; the live
 /// rows come first. Immutable.
 struct DispatchPlan {
-  at::Tensor expert_offsets;  ///< [experts + 1] int64: rows of expert e are [e, e + 1); the last is the live rows
+  at::Tensor expert_offsets;  ///< [experts + 1] int64: rows of expert e are [offsets[e], offsets[e + 1]); the last is the live rows
   at::Tensor token_of_row;    ///< [tokens · top_k] int64; -1 behind the live rows
   at::Tensor row_of_choice;   ///< [tokens, top_k] int64; -1 = not sent
 

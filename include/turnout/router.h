@@ -85,7 +85,8 @@ struct Top2Routing {
 ///        default generator
 /// Weights are g / (g1 + g2 + epsilon), not renormalised when the second expert is left out. The loss takes first
 /// choices before policy and capacity. The document's `threshold` branch lacks a dimension; here, as its text says,
-/// the second expert stays where gate_2 > threshold.
+/// the second expert stays where gate_2 > threshold. As in the source, where all probabilities but the first round to
+/// 0, both choices name one expert, the second with weight 0.
 /// Gradient: to logits. Source: tensor2tensor moe.py, PyPI mixture-of-experts 0.2.3, arXiv:2006.16668.
 Top2Routing route_top2(const at::Tensor& logits, const Top2Options& options, const at::Tensor& importance = {},
                        const at::Tensor& uniform = {});

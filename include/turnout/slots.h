@@ -41,7 +41,7 @@ at::Tensor nested_ids(const at::Tensor& topk_ids, int64_t num_outer, int64_t num
 /// GShard's dense tensors, one entry a place of an expert. Large: for reading and tests; layers use slot_plan() or
 /// plan().
 struct DispatchTensors {
-  at::Tensor dispatch;  ///< [tokens, experts, capacity] 1 where the token stands with a weight above 0, else 0
+  at::Tensor dispatch;  ///< [tokens, experts, capacity] 1 where combine is not 0, else 0
   at::Tensor combine;   ///< [tokens, experts, capacity] its weight there
 };
 

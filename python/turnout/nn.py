@@ -125,7 +125,8 @@ def _run_modules(experts: Sequence[nn.Module], x: Tensor, topk_ids: Tensor, topk
     plan = ops.plan(topk_ids, len(experts))
     rows = ops.dispatch(x, plan)
     counts = plan.tokens_per_expert.tolist()
-    *parts, rest = rows.split([*counts, rows.shape[0] - sum(counts)])
+    # Copies, not views: a module may start with an operation in place.
+    *parts, rest = torch.split_with_sizes_copy(rows, [*counts, rows.shape[0] - sum(counts)])
     made = [_call(expert, e, part) for e, (expert, part) in enumerate(zip(experts, parts, strict=True))]
     return ops.combine(torch.cat([*made, rest.to(made[0].dtype)]), topk_weights, plan)
 

@@ -59,7 +59,7 @@ class DispatchPlan(NamedTuple):
     """Rows grouped by expert. Shapes are static, so that compiled graphs keep them."""
 
     expert_offsets: Tensor
-    """[E + 1] int64: rows of expert e are [e, e + 1); the last is the number of live rows"""
+    """[E + 1] int64: rows of expert e are [offsets[e], offsets[e + 1]); the last is the number of live rows"""
     token_of_row: Tensor
     """[R] int64; -1 where the row is empty"""
     row_of_choice: Tensor
@@ -79,7 +79,7 @@ class DispatchTensors(NamedTuple):
     """GShard's dense tensors, one entry a place of an expert."""
 
     dispatch: Tensor
-    """[T, E, capacity] 1 where the token stands, else 0"""
+    """[T, E, capacity] 1 where combine is not 0, else 0"""
     combine: Tensor
     """[T, E, capacity] its weight there"""
 

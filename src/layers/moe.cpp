@@ -52,6 +52,7 @@ MoEOutput MoEImpl::forward(const at::Tensor& x) {
   const int64_t least = per_sequence ? 2 : 1;
   TORCH_CHECK_VALUE(x.dim() >= least, kName, ": x has shape ", x.sizes(), ", expected ",
                     per_sequence ? "[..., sequence, hidden]" : "[..., hidden]");
+  TORCH_CHECK_VALUE(x.size(-1) >= 1, kName, ": x has shape ", x.sizes(), ", expected hidden of at least 1");
   const auto x_TD = x.reshape({-1, x.size(-1)});
   const auto logits_TE = gate.forward<at::Tensor>(x_TD);
   ops::check_size(kName, "the gate's output", logits_TE, -1, options.num_experts, "num_experts");

@@ -24,12 +24,17 @@ at::Tensor balance_loss_symint(const at::Tensor& scores, const at::Tensor& topk_
   const auto tokens = scores.sym_size(0);
   const auto num_experts = scores.sym_size(1).guard_int(__FILE__, __LINE__);  // a property of the layer: static
   ops::check_size(kOp, "topk_ids", topk_ids, 0, tokens, "tokens of scores");
+  ops::check_device(kOp, "topk_ids", topk_ids, "scores", scores);
+  TORCH_CHECK_VALUE(topk_ids.sym_size(1) >= 1, kOp, ": topk_ids has shape ", topk_ids.sym_sizes(),
+                    ", expected top_k of at least 1");
   TORCH_CHECK_VALUE(group_size >= 0, kOp, ": group_size is ", group_size, ", expected 0 or more");
   if (tokens == 0) return scores.sum() * 0;  // the mean of nothing is NaN
   if (group_size == 0) group_size = tokens;
   TORCH_CHECK_VALUE(tokens % group_size == 0, kOp, ": group_size is ", group_size, ", expected a divisor of ", tokens,
                     " tokens");
   const auto groups = tokens / group_size;
+  at::_assert_async(topk_ids.lt(num_experts).all(),
+                    "turnout::balance_loss: topk_ids holds an id that is neither -1 nor one of the experts of scores");
 
   const auto counted = count == LoadCount::first_choice ? topk_ids.narrow(1, 0, 1) : topk_ids;
   // Choices that are not sent count in a column of their own, which is cut off.

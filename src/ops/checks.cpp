@@ -68,6 +68,7 @@ void check_queue(const at::Tensor& topk_ids, int64_t num_experts, const c10::Sym
                     " priority");
   if (!priority) return;
   check_floating(kOp, "priority", *priority);
+  check_device(kOp, "priority", *priority, "topk_ids", topk_ids);
   TORCH_CHECK_VALUE(priority->sym_sizes() == topk_ids.sym_sizes(), kOp, ": priority has shape ",
                     priority->sym_sizes(), ", expected ", topk_ids.sym_sizes(), " as topk_ids has");
 }
@@ -90,7 +91,7 @@ void check_topk_weights(const char* op, const at::Tensor& topk_weights, const at
                     topk_weights.sym_sizes(), ", expected ", row_of_choice.sym_sizes(), " (tokens, top_k)");
   const auto type = topk_weights.scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == x.scalar_type(), op, ": topk_weights is ", type,
-                   ", expected float32 or ", x.scalar_type());
+                   ", expected Float or ", x.scalar_type(), " as x is");
   check_device(op, "topk_weights", topk_weights, "x", x);
 }
 

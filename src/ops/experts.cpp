@@ -49,7 +49,8 @@ at::Tensor feed_forward_op(const at::Tensor& x, const at::Tensor& up, const at::
                            const std::optional<at::Tensor>& up_bias, const std::optional<at::Tensor>& down_bias,
                            c10::string_view activation) {
   constexpr const char* kOp = "turnout::feed_forward";
-  TORCH_CHECK_VALUE(x.dim() >= 1, kOp, ": x has no axes, expected [..., hidden]");
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.sym_size(-1) >= 1, kOp, ": x has shape ", x.sym_sizes(),
+                    ", expected [..., hidden] with hidden of at least 1");
   ops::check_dim(kOp, "up", up, 2, "[ffn, hidden] or [2 · ffn, hidden]");
   ops::check_size(kOp, "up", up, 1, x.sym_size(-1), "hidden of x");
   const auto rows = x.reshape_symint({-1, x.sym_size(-1)});

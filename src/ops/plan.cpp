@@ -32,6 +32,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> limit_capacity_symint(const at::T
   ops::check_floating(kOp, "topk_weights", topk_weights);
   TORCH_CHECK_VALUE(topk_weights.sym_sizes() == topk_ids.sym_sizes(), kOp, ": topk_weights has shape ",
                     topk_weights.sym_sizes(), ", expected ", topk_ids.sym_sizes(), " as topk_ids has");
+  ops::check_device(kOp, "topk_weights", topk_weights, "topk_ids", topk_ids);
   TORCH_CHECK_VALUE(capacity >= 1, kOp, ": capacity is ", capacity, ", expected at least 1");
   std::optional<at::Tensor> priority;
   if (order == "score") priority = topk_weights.detach();
@@ -95,10 +96,12 @@ int64_t expert_capacity(const CapacityOptions& options, int64_t group_tokens, in
   if (options.fixed > 0) return options.fixed;
   if (options.dropless()) return group_tokens;
   const double choices = static_cast<double>(group_tokens) * (options.count_choices ? static_cast<double>(top_k) : 1.0);
-  const double places = choices * options.factor / static_cast<double>(num_experts);
-  const double rounded = options.rounding == CapacityRounding::ceil ? std::ceil(places) : std::floor(places);
-  const auto at_most = std::min(rounded, static_cast<double>(group_tokens));  // an expert takes a token once
-  return std::max({static_cast<int64_t>(at_most), options.minimum, int64_t{1}});
+  const auto experts = static_cast<double>(num_experts);
+  // The order of the operations is the sources': it decides where a product falls on a whole number.
+  const double rounded = options.rounding == CapacityRounding::ceil ? std::ceil(choices / experts * options.factor)
+                                                                    : std::floor(choices * options.factor / experts);
+  const bool all = rounded >= static_cast<double>(group_tokens);  // an expert takes a token once
+  return std::max({all ? group_tokens : static_cast<int64_t>(rounded), options.minimum, int64_t{1}});
 }
 
 at::Tensor queue_positions(const at::Tensor& topk_ids, int64_t num_experts, int64_t group_size, DropOrder order,

@@ -47,6 +47,7 @@ Routing route(const at::Tensor& logits, int64_t top_k, RouterWeights weights, do
   constexpr const char* kOp = "turnout::route";
   ops::check_dim(kOp, "logits", logits, 2, "[tokens, experts]");
   ops::check_floating(kOp, "logits", logits);
+  TORCH_CHECK_VALUE(epsilon >= 0, kOp, ": epsilon is ", epsilon, ", expected a number of at least 0");
   const auto logits_TE = logits.to(score_type(logits));
   const auto scores_TE = logits_TE.softmax(-1);
   // Chosen by logit, not by probability: softmax can round different logits to one probability.
@@ -73,6 +74,8 @@ Top2Routing route_top2(const at::Tensor& logits, const Top2Options& options, con
   const auto num_experts = logits.sym_size(-1).guard_int(__FILE__, __LINE__);  // static
   TORCH_CHECK_VALUE(num_experts >= 2, kOp, ": logits has ", num_experts, " experts, expected at least 2");
   const auto slots = logits.sym_sizes().slice(0, logits.dim() - 1);
+  TORCH_CHECK_VALUE(options.epsilon >= 0 && options.threshold >= 0, kOp, ": epsilon is ", options.epsilon,
+                    " and threshold is ", options.threshold, ", expected numbers of at least 0");
   for (const auto& [name, tensor] : {std::pair{"importance", importance}, {"uniform", uniform}})
     TORCH_CHECK_VALUE(!tensor.defined() || tensor.sym_sizes() == slots, kOp, ": ", name, " has shape ",
                       tensor.defined() ? tensor.sym_sizes() : slots, ", expected ", slots, " as logits have");

@@ -1,5 +1,5 @@
 // Schemas of every op, in one place. C++, Python and the program call these; the folders beside this file hold the
-// registrations: cpu/ the kernels, aten/ the path for any device, meta/ shapes, autograd/ and autocast/.
+// registrations: cpu/ the kernels, aten/ the path for any device, meta/ shapes, autograd/ gradients.
 //
 // A bank of weights is a list of one tensor with a leading experts axis; separate experts are a list of one tensor
 // each. Words (weights, order, activation, …) are the names of the enumerators in include/turnout/.

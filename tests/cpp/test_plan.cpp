@@ -5,6 +5,8 @@
 #include <turnout/plan.h>
 #include <turnout/slots.h>
 
+#include <limits>
+
 namespace turnout {
 namespace {
 
@@ -75,6 +77,13 @@ TEST(QueuePositions, CountInEachGroup) {
   EXPECT_EQ(numbers(queue_positions(ids({{0}, {0}, {0}, {-1}}), 1, 2, DropOrder::choice)), (Numbers{0, 1, 0, -1}));
 }
 
+TEST(QueuePositions, RefuseIdsOutOfRangeAndLetNanPushNobodyOut) {
+  EXPECT_SAYS(queue_positions(ids({{4}, {0}}), 3, 1, DropOrder::choice), "turnout::queue_positions: topk_ids holds an id");
+  EXPECT_SAYS(queue_positions(ids({{3}, {0}}), 3, 1, DropOrder::choice), "turnout::queue_positions: topk_ids holds an id");
+  const auto weights = at::tensor({.9, std::nan(""), .8}).view({3, 1});
+  EXPECT_EQ(numbers(queue_positions(ids({{0}, {0}, {0}}), 1, 3, DropOrder::score, weights)), (Numbers{0, 2, 1}));
+}
+
 TEST(QueuePositions, RefuseAWrongPriority) {
   const auto chosen = ids({{0}});
   EXPECT_SAYS(queue_positions(chosen, 1, 1, DropOrder::score), "order 'score' needs priority");
@@ -115,6 +124,11 @@ TEST(ExpertCapacity, RoundsAsEachSourceDoes) {
   EXPECT_EQ(expert_capacity(options, 10, 2, 4), 10);  // dropless
   options.factor = 1.25;
   EXPECT_EQ(expert_capacity(options, 10, 2, 4), 7);  // ceil(6.25)
+  CapacityOptions whole;
+  whole.factor = 1.1;
+  EXPECT_EQ(expert_capacity(whole, 50, 1, 5), 11);  // ceil(50 · 1 / 5 · 1.1), which another order makes 12
+  whole.factor = 1;
+  EXPECT_EQ(expert_capacity(whole, std::numeric_limits<int64_t>::max(), 1, 1), std::numeric_limits<int64_t>::max());
   options.rounding = CapacityRounding::floor;
   EXPECT_EQ(expert_capacity(options, 10, 2, 4), 6);
   options.count_choices = false;

@@ -160,6 +160,9 @@ TEST(RouterErrors, NameWhatTheyGot) {
   EXPECT_SAYS(route_top2(at::zeros({1, 3, 1}), {}), "expected at least 2");
   EXPECT_SAYS(route_top2(at::zeros({1, 3, 2}), {}, at::zeros({1, 2})), "importance has shape [1, 2]");
   EXPECT_SAYS(balance_loss(at::zeros({2, 3}), ids({{0}})), "expected size 2 (tokens of scores)");
+  EXPECT_SAYS(balance_loss(at::zeros({1, 3}), ids({{3}})), "turnout::balance_loss: topk_ids holds an id");
+  EXPECT_SAYS(balance_loss(at::zeros({1, 3}), ids({{0}}).to(at::kMeta)), "topk_ids is on meta, but scores is on cpu");
+  EXPECT_SAYS(route(at::zeros({1, 3}), 1, RouterWeights::normalized, kNan), "epsilon is nan");
 }
 
 }  // namespace

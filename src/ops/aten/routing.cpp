@@ -7,6 +7,8 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <limits>
+
 namespace turnout::ops {
 
 at::Tensor topk_aten(const at::Tensor& scores, int64_t top_k) {
@@ -41,6 +43,8 @@ at::Tensor queue_positions_aten(const at::Tensor& topk_ids, int64_t num_experts,
   const auto group_size = group_size_symint.expect_int();
   const auto tokens = topk_ids.size(0), top_k = topk_ids.size(1);
   const auto options = topk_ids.options().dtype(at::kLong);
+  at::_assert_async(topk_ids.ge(-1).logical_and(topk_ids.lt(num_experts)).all(),
+                    "turnout::queue_positions: topk_ids holds an id that is neither -1 nor one of the experts");
   if (topk_ids.numel() == 0) return at::empty(topk_ids.sizes(), options);
   const auto ids = topk_ids.to(at::kLong).view({-1, group_size, top_k});
   const auto groups = ids.size(0), queues = num_experts + 1;
@@ -54,7 +58,9 @@ at::Tensor queue_positions_aten(const at::Tensor& topk_ids, int64_t num_experts,
   } else if (order == "position") {
     order_N = at::arange(tokens * top_k, options);
   } else {
-    order_N = std::get<1>(priority->flatten().sort(/*stable=*/true, /*dim=*/0, /*descending=*/true));
+    // NaN would sort before every number and push healthy tokens out.
+    const auto comparable = priority->masked_fill(priority->isnan(), -std::numeric_limits<double>::infinity());
+    order_N = std::get<1>(comparable.flatten().sort(/*stable=*/true, /*dim=*/0, /*descending=*/true));
   }
   const auto [sorted_N, within] = queue_N.gather(0, order_N).sort(/*stable=*/true, /*dim=*/0, /*descending=*/false);
   const auto counts = at::zeros({groups * queues}, options).scatter_add(0, queue_N, at::ones_like(queue_N));

@@ -56,7 +56,8 @@ class Combine : public Function<Combine> {
       grad_rows = (dispatch(grad_TD, plan) * weight_R.unsqueeze(1)).to(rows_RD.scalar_type());
     }
     if (context->needs_input_grad(1)) {
-      const auto dots_R = (dispatch(grad_TD, plan).to(weights_TK.scalar_type()) * rows_RD).sum(-1);
+      const auto wide = rows_RD.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+      const auto dots_R = (dispatch(grad_TD, plan).to(wide) * rows_RD).sum(-1);
       const auto safe_N = row_of_choice.clamp_min(0).flatten();
       grad_weights = dots_R.index_select(0, safe_N)
                          .view_symint(row_of_choice.sym_sizes())
