@@ -84,7 +84,8 @@ void add_compare(CLI::App& program) {
       program.add_subcommand("compare", "Train a dense model and an MoE of equal FLOPs a token, side by side");
   auto options = std::make_shared<CompareOptions>();
   auto arguments = std::make_shared<RunArguments>(*app, options->run);
-  app->add_option("--output", options->output, "Folder of the results")->capture_default_str();
+  app->add_option("--output", options->output, "Folder of the results; replaces those of an earlier run there")
+      ->capture_default_str();
   app->add_option("--evaluations", options->evaluations, "Points of the curves")->capture_default_str();
   app->footer(
       "Examples:\n"

@@ -36,7 +36,7 @@ void add_generate(CLI::App& program) {
   app->add_option("--tokens", arguments->options.tokens, "Bytes to add")->capture_default_str();
   app->add_option("--temperature", arguments->options.temperature, "0 = the most probable byte each time")
       ->capture_default_str();
-  app->add_option("--seed", arguments->options.seed, "Of the draws")->capture_default_str();
+  app->add_option("--seed", arguments->options.seed, "Of the draws")->check(kSeeds)->capture_default_str();
   app->footer(
       "Examples:\n"
       "  turnout generate runs/compare/moe --prompt 'import os'\n"

@@ -12,9 +12,9 @@
 
 #include <fmt/format.h>
 
+#include <fcntl.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
@@ -23,11 +23,28 @@
 
 namespace {
 
-int fail(int status, std::string message) {
-  message.erase(std::min(message.find('\n'), message.size()));
+int fail(int status, const std::string& message) {
   const char* prefix = message.starts_with("turnout: ") ? "" : "turnout: ";
-  fmt::print(stderr, "{}{}\n", prefix, message);
+  turnout::cli::say(prefix + turnout::cli::one_line(message) + "\n");
   return status;
+}
+
+// The number of a closed standard stream would go to the next file that is opened, and messages into that file.
+void occupy_standard_streams() {
+  int file = 0;
+  do file = open("/dev/null", O_RDONLY);  // a write fails as it does on a closed stream
+  while (file >= 0 && file <= STDERR_FILENO);
+  if (file >= 0) close(file);
+}
+
+// Parses and does the work; --help and --version are shown here too.
+void work(CLI::App& program, int argc, char** argv) {
+  try {
+    program.parse(argc, argv);
+  } catch (const CLI::Success& shown) {
+    program.exit(shown);
+  }
+  if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) throw turnout::FileError("standard output: cannot write");
 }
 
 // Threads of GNU OpenMP wait for each other by spinning for milliseconds. Where other programs want the cores too, the
@@ -55,14 +72,12 @@ int run(int argc, char** argv) {
   turnout::cli::add_generate(program);
   turnout::cli::add_bench(program);
   try {
-    program.parse(argc, argv);
-    if (std::fflush(stdout) != 0) throw turnout::FileError("standard output: cannot write");
+    work(program, argc, argv);
     return 0;
   } catch (const CLI::ParseError& error) {
-    if (error.get_exit_code() == 0) return program.exit(error);
     if (argc > 1 && argv[1][0] != '-' && program.get_subcommands().empty())
-      return fail(2, fmt::format("unknown subcommand '{}', expected compare, train, generate or bench (see --help)",
-                                 argv[1]));
+      return fail(
+          2, fmt::format("unknown subcommand '{}', expected compare, train, generate or bench (see --help)", argv[1]));
     return fail(2, std::string(error.what()) + " (see --help)");
   } catch (const turnout::cli::Interrupted& stop) {
     return fail(130, stop.what());
@@ -83,6 +98,7 @@ int run(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   limit_spinning(argv);
+  occupy_standard_streams();
   std::signal(SIGXFSZ, SIG_IGN);  // a file-size limit becomes an error of the write, not a signal
   return run(argc, argv);
 }

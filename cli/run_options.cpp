@@ -1,6 +1,8 @@
 // Arguments of a run: one line an option.
 #include "run_options.h"
 
+#include "commands.h"
+
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
@@ -14,6 +16,9 @@
 namespace turnout::cli {
 namespace {
 
+constexpr int64_t kMostTokens = 1'000'000'000'000'000;
+constexpr int64_t kMostThreads = 1024;
+
 std::string shown(const std::vector<std::string>& value) { return fmt::format("{}", fmt::join(value, " ")); }
 template <class T>
 std::string shown(const T& value) {
@@ -23,9 +28,10 @@ std::string shown(const T& value) {
 }  // namespace
 
 template <class Get>
-void RunArguments::value(const std::string& flag, Get get, const std::string& help) {
+CLI::Option* RunArguments::value(const std::string& flag, Get get, const std::string& help) {
   CLI::Option* option = app_.add_option(flag, get(options_), help)->group(group_)->capture_default_str();
   settings_.push_back({option, [get](RunOptions& o) { return shown(get(o)); }});
+  return option;
 }
 
 template <class Get, class Parse>
@@ -116,7 +122,8 @@ void RunArguments::add_training_options() {
       "--eval-bytes", [](RunOptions & o) -> auto& { return o.training.eval_bytes; },
       "Held-out bytes of one evaluation");
   value(
-      "--seed", [](RunOptions & o) -> auto& { return o.training.seed; }, "Of weights and batches");
+      "--seed", [](RunOptions & o) -> auto& { return o.training.seed; }, "Of weights and batches")
+      ->check(kSeeds);
   value(
       "--threads", [](RunOptions & o) -> auto& { return o.threads; }, "0 = one a core");
 }
@@ -132,9 +139,9 @@ void RunArguments::refuse_differences(RunOptions& stored, const std::string& sou
 
 void settle(RunOptions& o) {
   TORCH_CHECK_VALUE(o.minutes >= 0 && o.minutes < 1e6, "--minutes is ", o.minutes, ", expected 0 or more");
-  TORCH_CHECK_VALUE(o.threads >= 0 && o.threads <= 4096, "--threads is ", o.threads, ", expected 0 to 4096");
   TORCH_CHECK_VALUE(o.ffn >= 0, "--ffn is ", o.ffn, ", expected 0 or more");
-  TORCH_CHECK_VALUE(o.tokens >= 1, "--tokens is ", o.tokens, ", expected 1 or more");
+  TORCH_CHECK_VALUE(o.tokens >= 1 && o.tokens <= kMostTokens, "--tokens is ", o.tokens, ", expected 1 to ",
+                    kMostTokens);
   o.model.ffn = std::max<int64_t>(1, o.ffn);
   check(o.model);
   if (o.ffn == 0) {
@@ -148,6 +155,12 @@ void settle(RunOptions& o) {
   check(o.training);
   const int64_t a_step = o.training.batch * o.model.context;
   o.training.steps = (o.tokens + a_step - 1) / a_step;
+  use_threads(o);
+}
+
+void use_threads(RunOptions& o) {
+  TORCH_CHECK_VALUE(o.threads >= 0 && o.threads <= kMostThreads, "--threads is ", o.threads, ", expected 0 to ",
+                    kMostThreads);
   if (o.threads > 0) at::set_num_threads(static_cast<int>(o.threads));
   o.threads = at::get_num_threads();
 }

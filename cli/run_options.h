@@ -40,7 +40,7 @@ class RunArguments {
     std::function<std::string(RunOptions&)> show;
   };
   template <class Get>
-  void value(const std::string& flag, Get get, const std::string& help);
+  CLI::Option* value(const std::string& flag, Get get, const std::string& help);
   template <class Get, class Parse>
   void word(const std::string& flag, Get get, Parse parse, const std::string& help);
   void add_model_options();
@@ -55,6 +55,9 @@ class RunArguments {
 /// Sets what follows from the options: the width of dense networks, steps from tokens, torch's threads.
 /// @throws c10::ValueError
 void settle(RunOptions& options);
+
+/// Sets torch's threads, and `threads` to how many they are. @throws c10::ValueError
+void use_threads(RunOptions& options);
 
 /// Sets tokens so that all of `trained` together take options.minutes, by timing a few steps of throwaway copies.
 void fit_minutes(RunOptions& options, const std::vector<LanguageModelOptions>& trained,

@@ -7,7 +7,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cctype>
 #include <csignal>
+#include <cstdio>
 #include <cstdlib>
 
 namespace turnout::cli {
@@ -34,6 +36,24 @@ void catch_interrupts() {
 
 bool interrupted() { return interrupt_flag != 0; }
 
+void say(std::string_view text) {
+  std::fwrite(text.data(), 1, text.size(), stderr);
+  std::fflush(stderr);
+}
+
+std::string one_line(std::string_view text) {
+  std::string line;
+  for (const char c : text) {
+    if (c == '\n')
+      line += "\\n";
+    else if (std::iscntrl(static_cast<unsigned char>(c)) != 0)
+      line += fmt::format("\\x{:02x}", static_cast<unsigned char>(c));
+    else
+      line += c;
+  }
+  return line;
+}
+
 std::string clock_text(double seconds) {
   const auto s = static_cast<int64_t>(std::max(0.0, seconds) + 0.5);
   if (s >= 3600) return fmt::format("{}:{:02}:{:02}", s / 3600, s / 60 % 60, s % 60);
@@ -53,7 +73,7 @@ Progress::Progress(int64_t total) : total_(std::max<int64_t>(1, total)), termina
 }
 
 Progress::~Progress() {
-  if (terminal_ && first_ >= 0) fmt::print(stderr, "\r\033[K");
+  if (terminal_ && first_ >= 0) say("\r\033[K");
 }
 
 bool Progress::due(int64_t done) const {
@@ -70,7 +90,7 @@ void Progress::update(int64_t done, const std::string& text) {
   const double left = elapsed / static_cast<double>(done - first_) * static_cast<double>(total_ - done);
   const int percent = static_cast<int>(100 * done / total_);
   if (!terminal_) {
-    fmt::print(stderr, "{:3} %  {}  {} left\n", percent, text, clock_text(left));
+    say(fmt::format("{:3} %  {}  {} left\n", percent, text, clock_text(left)));
     return;
   }
   const std::string tail = fmt::format(" {:3} %  {}  {} left", percent, text, clock_text(left));
@@ -78,8 +98,7 @@ void Progress::update(int64_t done, const std::string& text) {
   const int full = static_cast<int>(room * done / total_);
   const std::string bar = fmt::format("{:=<{}}{:-<{}}", "", full, "", room - full);
   const std::string line = room > 4 ? (color_ ? "\033[32m" + bar + "\033[0m" : bar) + tail : tail.substr(1);
-  fmt::print(stderr, "\r\033[K{}", line);
-  std::fflush(stderr);
+  say("\r\033[K" + line);
 }
 
 }  // namespace turnout::cli

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 namespace turnout::cli {
 
@@ -17,6 +18,11 @@ class Interrupted : public std::runtime_error {
 /// From here on the first Ctrl-C only raises the flag that interrupted() reads; a second one ends the process.
 void catch_interrupts();
 bool interrupted();
+
+/// Writes to stderr. A message that cannot be written is lost; the work that it tells of goes on.
+void say(std::string_view text);
+/// The text on one line: control characters, as file names may hold them, become \n and \x1b.
+std::string one_line(std::string_view text);
 
 /// "1:05", "2:03:04"
 std::string clock_text(double seconds);

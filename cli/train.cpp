@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdlib>
 #include <filesystem>
 
 namespace turnout::cli {
@@ -24,6 +25,35 @@ struct TrainOptions {
   bool resume = false;
 };
 
+// A path may hold any bytes, JSON only UTF-8: other bytes than ASCII are written %C3, as in an address.
+std::vector<std::string> encoded(const std::vector<std::string>& paths) {
+  std::vector<std::string> all;
+  for (const std::string& path : paths) {
+    std::string& text = all.emplace_back();
+    for (const char c : path) {
+      const auto byte = static_cast<unsigned char>(c);
+      text += byte >= 0x80 || c == '%' ? fmt::format("%{:02X}", byte) : std::string(1, c);
+    }
+  }
+  return all;
+}
+
+std::vector<std::string> decoded(const std::vector<std::string>& texts) {
+  std::vector<std::string> all;
+  for (const std::string& text : texts) {
+    std::string& path = all.emplace_back();
+    for (size_t i = 0; i < text.size(); ++i) {
+      if (text[i] != '%') {
+        path += text[i];
+      } else {
+        path += static_cast<char>(std::strtoul(text.substr(i + 1, 2).c_str(), nullptr, 16));
+        i += 2;
+      }
+    }
+  }
+  return all;
+}
+
 std::string checkpoint_path(const TrainOptions& options) { return options.output + "/checkpoint.safetensors"; }
 
 void save_checkpoint(const TrainOptions& options, const Trainer& trainer) {
@@ -32,7 +62,7 @@ void save_checkpoint(const TrainOptions& options, const Trainer& trainer) {
                                           {"tokens", options.run.tokens},
                                           {"minutes", options.run.minutes},
                                           {"threads", options.run.threads},
-                                          {"text", options.run.text}};
+                                          {"text", encoded(options.run.text)}};
   state.metadata[kProgramKey] = program.dump();
   save_tensors(checkpoint_path(options), state);
 }
@@ -50,11 +80,17 @@ RunOptions stored_options(const TensorFile& state, const std::string& path) {
     run.tokens = program.at("tokens").get<int64_t>();
     run.minutes = program.at("minutes").get<double>();
     run.threads = program.at("threads").get<int64_t>();
-    run.text = program.at("text").get<std::vector<std::string>>();
+    run.text = decoded(program.at("text").get<std::vector<std::string>>());
   } catch (const nlohmann::json::exception&) {
     throw FileError(path + ": was not written by turnout train");
   }
   return run;
+}
+
+void refuse_overwriting(const std::string& folder) {
+  for (const char* name : {"checkpoint.safetensors", "model.safetensors"})
+    if (std::error_code error; std::filesystem::exists(std::filesystem::path(folder) / name, error))
+      throw FileError(folder + "/" + name + ": is there already: go on with --resume, or give another --output");
 }
 
 void run_steps(const TrainOptions& options, Trainer& trainer) {
@@ -87,8 +123,9 @@ void train(TrainOptions& options, RunArguments& arguments) {
     RunOptions stored = stored_options(state, checkpoint_path(options));
     arguments.refuse_differences(stored, checkpoint_path(options));
     run = stored;
-    if (run.threads > 0) at::set_num_threads(static_cast<int>(run.threads));
+    use_threads(run);
   } else {
+    refuse_overwriting(options.output);
     settle(run);
   }
   const std::shared_ptr<const ByteText> text = load_text_of(run);

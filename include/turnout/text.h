@@ -28,7 +28,7 @@ struct ByteText {
 /// none is. A single file is cut: its last tenth is held out.
 /// Left out in folders: hidden names, folders called test, tests, __pycache__, site-packages or dist-packages,
 /// symbolic links, empty files and binary ones (with a NUL among the first 8192 bytes). A file given by name is
-/// always read.
+/// always read. A file that is found twice, by overlapping paths, is taken where it is found first.
 /// @throws FileError naming what is missing or unreadable; c10::ValueError when no text is found
 ByteText load_text(const std::vector<std::string>& paths, const TextOptions& options = {});
 

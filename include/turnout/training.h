@@ -72,7 +72,7 @@ class Trainer {
   StepReport step();
 
   /// Bits per byte over fixed, evenly spaced windows of the held-out text, each byte predicted from those before it
-  /// in its window. Changes nothing.
+  /// in its window. Changes nothing: where routing draws, the random state is put back.
   double evaluate();
 
   int64_t steps_done() const { return steps_done_; }
@@ -83,7 +83,8 @@ class Trainer {
   /// Shares memory with the trainer.
   TensorFile state() const;
   /// @param source how to call where it came from, such as a file's path
-  /// @throws FileError when it was made with other options, another text, or does not fit the model
+  /// @throws FileError when it was made with other options, another text, does not fit the model, or holds
+  ///         numbers that are not finite
   void load_state(const TensorFile& state, const std::string& source);
 
   const TrainingOptions options;

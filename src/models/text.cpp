@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <limits>
+#include <set>
 #include <string_view>
 
 namespace turnout {
@@ -75,6 +76,7 @@ uint64_t ByteText::digest() const { return hash_bytes(held_out, hash_bytes(train
 
 ByteText load_text(const std::vector<std::string>& paths, const TextOptions& options) {
   std::vector<Found> texts;
+  std::set<fs::path> seen;  // paths may overlap
   int64_t room = options.limit;
   for (const std::string& path : paths) {
     std::vector<Found> found;
@@ -86,6 +88,8 @@ ByteText load_text(const std::vector<std::string>& paths, const TextOptions& opt
     } else {
       found.push_back({fs::path(path).filename().string(), path, {}, 0});
     }
+    std::erase_if(found,
+                  [&](const Found& file) { return !seen.insert(fs::weakly_canonical(file.path, error)).second; });
     for (Found& file : read_texts(std::move(found), !folder, room)) texts.push_back(std::move(file));
   }
   std::string all;

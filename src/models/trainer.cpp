@@ -171,6 +171,8 @@ double Trainer::clip_and_update() {
 double Trainer::evaluate() {
   const at::NoGradGuard no_grad;
   const bool was_training = model->is_training();
+  at::Generator generator = at::globalContext().defaultGenerator(model->embedding->weight.device());
+  const at::Tensor random_state = generator.get_state();  // routing may draw
   model->eval();
   const int64_t context = model->options.context;
   const auto room = static_cast<int64_t>(text_->held_out.size()) - context;  // window starts
@@ -185,6 +187,7 @@ double Trainer::evaluate() {
     nats += prediction_loss(output.logits, tokens, at::Reduction::None).to(at::kDouble).sum().item<double>();
   }
   model->train(was_training);
+  generator.set_state(random_state);
   return nats / static_cast<double>(count * context) / std::numbers::ln2;
 }
 
@@ -234,6 +237,9 @@ void Trainer::load_state(const TensorFile& state, const std::string& source) {
   if (!digits || std::stoll(step_text) > options.steps)
     throw FileError(source + ": its step is '" + step_text + "', expected 0 to " + std::to_string(options.steps));
 
+  for (const auto& [name, tensor] : state.tensors)
+    if (!tensor.isfinite().all().item<bool>())
+      throw FileError(source + ": '" + name + "' holds numbers that are not finite");
   std::map<std::string, at::Tensor> of_model, of_optimizer = optimizer_tensors(), others;
   std::string problems;
   for (const auto& [name, tensor] : state.tensors) {

@@ -110,16 +110,23 @@ TEST_F(Training, AUniformModelNeedsEightBitsAByte) {
 }
 
 TEST_F(Training, EvaluationChangesNothing) {
+  LanguageModelOptions model = tiny_options();
+  model.moe.capacity.factor = 0.8;
+  model.moe.capacity.order = DropOrder::random;
+  std::vector<float> drawn;
   const auto run = [&](bool evaluate) {
-    Trainer trainer(tiny_model(tiny_options()), tiny_training(4), repeated_text("some text."));
+    Trainer trainer(tiny_model(model), tiny_training(4), repeated_text("some text."));
     while (!trainer.done()) {
+      at::manual_seed(7);
       if (evaluate) trainer.evaluate();
+      drawn.push_back(at::rand({1}).item<float>());
       trainer.step();
     }
     save_tensors(path("state"), trainer.state());
     return read_file(path("state"), 1 << 24);
   };
   EXPECT_EQ(run(false), run(true));
+  for (const float number : drawn) EXPECT_EQ(number, drawn.front()) << "the random state moved";
 }
 
 TEST_F(Training, AResumedRunReachesTheSameBits) {
@@ -165,6 +172,11 @@ TEST_F(Training, AStateThatDoesNotBelongIsRefused) {
   damaged.tensors["optimizer.average.norm.weight"] = at::zeros(1);
   EXPECT_SAYS(trainer.load_state(damaged, "f"), "'optimizer.average.norm.bias' is missing");
   EXPECT_SAYS(trainer.load_state(damaged, "f"), "'optimizer.average.norm.weight' has another shape");
+  for (const char* name : {"model.norm.bias", "optimizer.average.norm.bias"}) {
+    damaged = state;
+    damaged.tensors[name] = at::full_like(state.tensors.at(name), NAN);
+    EXPECT_SAYS(trainer.load_state(damaged, "f"), (std::string("'") + name + "' holds numbers that are not").c_str());
+  }
 }
 
 TEST_F(Training, DivergenceNamesStepAndLayerAndKeepsTheWeights) {
@@ -222,6 +234,13 @@ TEST_F(Training, HeldOutFilesAreWholeStableAndNeverTrainedOn) {
     EXPECT_EQ(std::count(more.held_out_files.begin(), more.held_out_files.end(), name), 1) << name;
   EXPECT_NE(more.digest(), text.digest());
   EXPECT_EQ(load_text({folder}).digest(), more.digest());
+}
+
+TEST_F(Training, AFileFoundTwiceIsReadOnce) {
+  std::filesystem::create_directory(path("below"));
+  for (int i = 0; i < 40; ++i) std::ofstream(path("below/file" + std::to_string(i))) << "<" << i << ">";
+  const ByteText text = load_text({folder});
+  EXPECT_EQ(load_text({folder, path("below"), path("below/../below/file3")}).digest(), text.digest());
 }
 
 TEST_F(Training, FoldersAreFilteredAndSingleFilesAreCut) {

@@ -18,8 +18,10 @@ TINY = ("--layers 2 --hidden 16 --heads 2 --context 16 --experts 4 --expert-ffn 
 pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason=f"{PROGRAM} is not built")
 
 
-def turnout(*arguments, **keywords):
-    done = subprocess.run([PROGRAM, *map(str, arguments)], capture_output=True, timeout=300, **keywords)
+def turnout(*arguments, through="", **keywords):
+    """Runs the program; `through` is a redirection of the shell."""
+    command = ["bash", "-c", f'exec "$@" {through}', "-", PROGRAM, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, timeout=300, **keywords)
     # Bytes that are no UTF-8 survive, and so do the line ends that text mode would translate.
     done.stdout, done.stderr = (out.decode(errors="surrogateescape") for out in (done.stdout, done.stderr))
     return done
@@ -73,16 +75,55 @@ def test_version_names_turnout_torch_and_kernels():
     ("compare --alpha 2", "alpha is 2"),
     ("compare --capacity -1", "-1"),
     ("compare --tokens 0", "--tokens is 0"),
+    ("compare --tokens 9223372036854775807", "--tokens is 9223372036854775807"),
+    ("train --threads 1025", "--threads is 1025, expected 0 to 1024"),
+    ("train --seed -1", "--seed: Value -1 not in range"),
+    ("generate no/such/model --prompt x --seed -1", "--seed: Value -1 not in range"),
     ("compare --lr nan", "learning_rate is nan"),
     ("compare --text no/such/file", "no/such/file"),
     ("train --checkpoint-every 0", "--checkpoint-every is 0"),
     ("train --resume --output no/such/folder", "no/such/folder/checkpoint.safetensors"),
     ("generate no/such/model --prompt x", "no/such/model/config.json"),
     ("generate", "required"),
+    ("train --text no\nsuch\033[2Jfile", "no\\nsuch\\x1b[2Jfile: cannot read"),
 ])
 def test_bad_input_is_one_line_and_status_2(arguments, words, tmp_path):
-    assert words in refuses(*arguments.split(), cwd=tmp_path)
+    assert words in refuses(*arguments.split(" " if arguments else None), cwd=tmp_path)
     assert list(tmp_path.iterdir()) == [], "nothing may be written"
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--version", "train --help"])
+@pytest.mark.parametrize("to", [">/dev/full", ">&-"])
+def test_output_that_cannot_be_written_is_an_error(arguments, to):
+    assert "standard output: cannot write" in refuses(*arguments.split(), through=to)
+
+
+@pytest.mark.parametrize("to", ["2>/dev/full", "2>&-"])
+def test_a_run_outlives_its_stderr(tmp_path, text, to):
+    assert turnout("train", "--frobnicate", through=to).returncode == 2
+    out = tmp_path / "out"
+    assert turnout(*train_arguments(text, out, steps=40), through=to).returncode == 0
+    assert turnout("generate", out, "--prompt", "x").returncode == 0
+
+
+def test_a_run_is_not_overwritten(tmp_path, text):
+    out = tmp_path / "out"
+    assert turnout(*train_arguments(text, out, steps=20)).returncode == 0
+    for name in "checkpoint.safetensors", "model.safetensors":
+        before = (out / name).read_bytes()
+        message = refuses(*train_arguments(text, out, steps=20))
+        assert name in message and "--resume" in message and "--output" in message
+        assert (out / name).read_bytes() == before
+        (out / name).unlink()
+
+
+def test_a_path_that_is_no_utf8_is_stored_and_found_again(tmp_path, text):
+    odd, out = text.with_name("50%41 of \udcff\u00e9"), tmp_path / "out"
+    text.rename(odd)
+    done = turnout(*train_arguments(odd, out, steps=20))
+    assert done.returncode == 0, done.stderr
+    done = turnout("train", "--resume", "--output", out, "--text", odd)
+    assert done.returncode == 0, done.stderr
 
 
 def test_unusable_texts_and_folders_are_refused_before_training(tmp_path, text):
@@ -218,10 +259,12 @@ def test_ctrl_c_stops_with_status_130_and_a_whole_checkpoint(tmp_path, text):
 
 def test_a_full_disk_is_named_and_keeps_the_old_checkpoint(tmp_path, text):
     out = tmp_path / "out"
-    assert turnout(*train_arguments(text, out, steps=20)).returncode == 0
+    process = start_and_wait_for_checkpoint(train_arguments(text, out, steps=2000), out)
+    process.kill()
+    process.communicate()
     checkpoint = (out / "checkpoint.safetensors").read_bytes()
     limit = len(checkpoint) // 1024 // 2
-    command = ["bash", "-c", f"ulimit -f {limit}; exec \"$@\"", "-", PROGRAM, *train_arguments(text, out, steps=25)]
+    command = ["bash", "-c", f"ulimit -f {limit}; exec \"$@\"", "-", PROGRAM, "train", "--resume", "--output", out]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr
     assert str(out / "checkpoint.safetensors") in done.stderr.splitlines()[-1]
