@@ -6,7 +6,7 @@
 namespace turnout::cli {
 
 /// What --seed may be: CLI11 alone takes -1 for the largest number.
-inline const CLI::Range kSeeds(0.0, 18446744073709551615.0, "");
+inline const CLI::Range kSeeds(0.0, 18446744073709551615.0, "0 or more");
 
 void add_compare(CLI::App& program);
 void add_train(CLI::App& program);
