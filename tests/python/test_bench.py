@@ -13,7 +13,6 @@ CASES = ["forward", "forward-packed", "step", "decode", "decode-plain"]
 TINY = {"name": "tiny", "experts": 4, "top_k": 2, "hidden": 16, "ffn": 24, "activation": "swiglu",
         "types": ["bf16", "fp32"], "tokens": [8], "decode_tokens": [1]}
 
-pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason=f"{PROGRAM} is not built")
 
 
 def bench(*arguments):

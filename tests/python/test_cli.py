@@ -15,7 +15,6 @@ PROGRAM = pathlib.Path(os.environ.get("TURNOUT_PROGRAM", ROOT / "build" / "bin" 
 TINY = ("--layers 2 --hidden 16 --heads 2 --context 16 --experts 4 --expert-ffn 12 --batch 4 --warmup 2 "
         "--eval-bytes 256 --threads 1").split()
 
-pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason=f"{PROGRAM} is not built")
 
 
 def turnout(*arguments, through="", **keywords):
