@@ -81,6 +81,12 @@ class ModuleExpertsImpl : public ExpertsModule {
 };
 TORCH_MODULE(ModuleExperts);
 
+/// A feed-forward block that every token passes beside its experts; activation and bias are those of the experts.
+struct SharedExpertOptions {
+  int64_t ffn = 0;     ///< its width, of all shared experts together; 0: there is none
+  bool gated = false;  ///< multiplied by σ(shared_gate(x)) (Qwen2-MoE), or added as it is (DeepSeek)
+};
+
 struct MoEOptions {
   int64_t hidden = 0;
   int64_t ffn = 0;  ///< width of one expert
@@ -88,6 +94,7 @@ struct MoEOptions {
   int64_t top_k = 2;
   Activation activation = Activation::gelu;
   bool bias = true;        ///< of the experts
+  SharedExpertOptions shared{};
   bool gate_bias = false;
   RouterWeights router_weights = RouterWeights::normalized;
   CapacityOptions capacity{};
@@ -105,14 +112,15 @@ struct MoEOutput {
   at::Tensor dropped;   ///< scalar int64: choices that found no place; their tokens get zero from that expert
 };
 
-/// gate → route → losses → capacity → plan → experts. Parameters: gate.*, experts.*
+/// gate → route → losses → capacity → plan → experts, + shared experts. Parameters: gate.*, experts.*, shared.*,
+/// shared_gate.weight [1, hidden]
 class MoEImpl : public torch::nn::Module {
  public:
   /// A gate without bias (options.gate_bias) and a bank of feed-forward experts.
   /// @throws c10::ValueError naming the option, for sizes below 1, top_k > num_experts, negative coefficients
   explicit MoEImpl(MoEOptions options);
-  /// Any gate with Tensor forward(Tensor) to [tokens, experts], any experts; hidden, ffn, activation and bias of the
-  /// options are not read.
+  /// Any gate with Tensor forward(Tensor) to [tokens, experts], any experts; ffn of the options is not read, hidden,
+  /// activation and bias only for a shared expert.
   MoEImpl(MoEOptions options, torch::nn::AnyModule gate, std::shared_ptr<ExpertsModule> experts);
 
   /// x [..., hidden]; for capacity per sequence [..., sequence, hidden]. No tokens: an empty output, losses of 0.
@@ -121,6 +129,11 @@ class MoEImpl : public torch::nn::Module {
   const MoEOptions options;
   torch::nn::AnyModule gate;
   std::shared_ptr<ExpertsModule> experts;
+  FeedForward shared{nullptr};             ///< none where options.shared.ffn is 0
+  torch::nn::Linear shared_gate{nullptr};  ///< hidden → 1 without bias; none where it is not gated
+
+ private:
+  void register_modules();
 };
 TORCH_MODULE(MoE);
 

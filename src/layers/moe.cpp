@@ -14,6 +14,9 @@ constexpr const char* kName = "turnout::MoE";
 
 void check(const MoEOptions& options) {
   ops::check_at_least(kName, "num_experts", options.num_experts, 1);
+  ops::check_at_least(kName, "shared.ffn", options.shared.ffn, 0);
+  TORCH_CHECK_VALUE(options.shared.ffn > 0 || !options.shared.gated, kName,
+                    ": shared.gated is set, but shared.ffn is 0, expected at least 1");
   TORCH_CHECK_VALUE(options.top_k >= 1 && options.top_k <= options.num_experts, kName, ": top_k is ", options.top_k,
                     ", expected 1 to ", options.num_experts, " (num_experts)");
   for (const auto& [name, value] : {std::pair{"balance_coefficient", options.balance_coefficient},
@@ -34,8 +37,7 @@ MoEImpl::MoEImpl(MoEOptions given) : options(given) {
   experts = FeedForwardBank(FeedForwardOptions{options.hidden, options.ffn, options.activation, options.bias},
                             options.num_experts)
                 .ptr();
-  register_module("gate", gate.ptr());
-  register_module("experts", experts);
+  register_modules();
 }
 
 MoEImpl::MoEImpl(MoEOptions given, torch::nn::AnyModule given_gate, std::shared_ptr<ExpertsModule> given_experts)
@@ -43,8 +45,18 @@ MoEImpl::MoEImpl(MoEOptions given, torch::nn::AnyModule given_gate, std::shared_
   check(options);
   TORCH_CHECK_VALUE(experts->num_experts() == options.num_experts, kName, ": experts holds ", experts->num_experts(),
                     " experts, expected ", options.num_experts, " (num_experts)");
+  register_modules();
+}
+
+void MoEImpl::register_modules() {
   register_module("gate", gate.ptr());
   register_module("experts", experts);
+  if (options.shared.ffn == 0) return;
+  shared = register_module("shared", FeedForward(FeedForwardOptions{options.hidden, options.shared.ffn,
+                                                                    options.activation, options.bias}));
+  if (options.shared.gated)
+    shared_gate = register_module("shared_gate",
+                                  torch::nn::Linear(torch::nn::LinearOptions(options.hidden, 1).bias(false)));
 }
 
 MoEOutput MoEImpl::forward(const at::Tensor& x) {
@@ -75,7 +87,12 @@ MoEOutput MoEImpl::forward(const at::Tensor& x) {
     out.dropped = std::move(capped.dropped);
   }
   out.plan = plan(routing.topk_ids, options.num_experts);
-  out.output = experts->forward(x_TD, routing.topk_weights, out.plan).reshape(x.sizes());
+  auto y_TD = experts->forward(x_TD, routing.topk_weights, out.plan);
+  if (shared) {
+    const auto shared_TD = shared->forward(x_TD);
+    y_TD = y_TD + (shared_gate ? shared_gate->forward(x_TD).sigmoid() * shared_TD : shared_TD);
+  }
+  out.output = y_TD.reshape(x.sizes());
   out.routing = std::move(routing);
   return out;
 }

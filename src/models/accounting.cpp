@@ -26,7 +26,8 @@ FlopCount flops_per_token(const LanguageModelOptions& o) {
     if (!sparse || o.kind == BlockKind::hybrid) count.feed_forward += feed_forward_flops(o.hidden, o.ffn, o.activation);
     if (sparse) {
       count.feed_forward += feed_forward_flops(o.hidden, o.moe.ffn, o.activation, o.moe.top_k);
-      count.gate += 2 * o.hidden * o.moe.num_experts;
+      count.feed_forward += feed_forward_flops(o.hidden, o.moe.shared.ffn, o.activation);
+      count.gate += 2 * o.hidden * (o.moe.num_experts + (o.moe.shared.gated ? 1 : 0));
     }
   }
   return count;
@@ -51,6 +52,9 @@ ParameterCount count_parameters(const LanguageModelOptions& o) {
     int64_t expert = 0;
     if (sparse) {
       everyone += o.moe.num_experts * (o.hidden + (o.moe.gate_bias ? 1 : 0));
+      if (o.moe.shared.ffn > 0)
+        everyone += network_parameters(o.hidden, o.moe.shared.ffn, o.activation, o.bias);
+      if (o.moe.shared.gated) everyone += o.hidden;
       expert = network_parameters(o.hidden, o.moe.ffn, o.activation, o.bias);
     }
     count.total += everyone + o.moe.num_experts * expert;

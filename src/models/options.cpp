@@ -42,6 +42,10 @@ void visit_moe(Fields& f, MoEOptions& o) {
   f.number("ffn", o.ffn);
   f.number("num_experts", o.num_experts);
   f.number("top_k", o.top_k);
+  f.object("shared", [&](auto& inner) {
+    inner.number("ffn", o.shared.ffn);
+    inner.number("gated", o.shared.gated);
+  });
   f.number("gate_bias", o.gate_bias);
   f.word(
       "router_weights", o.router_weights, [](RouterWeights v) { return to_string(v); }, parse_router_weights);
@@ -94,6 +98,9 @@ void check(const LanguageModelOptions& o) {
   if (o.kind == BlockKind::dense) return;
   check_size("experts", o.moe.num_experts);
   check_size("ffn of an expert", o.moe.ffn);
+  if (o.moe.shared.ffn != 0) check_size("ffn of the shared expert", o.moe.shared.ffn);
+  TORCH_CHECK_VALUE(o.moe.shared.ffn > 0 || !o.moe.shared.gated,
+                    "turnout: shared.gated is set, but there is no shared expert");
   TORCH_CHECK_VALUE(o.moe.top_k >= 1 && o.moe.top_k <= o.moe.num_experts, "turnout: top_k is ", o.moe.top_k,
                     ", expected 1 to the number of experts, ", o.moe.num_experts);
   TORCH_CHECK_VALUE(o.moe.balance_coefficient >= 0.0 && o.moe.balance_coefficient < 1e6,

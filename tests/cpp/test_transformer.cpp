@@ -66,6 +66,7 @@ TEST_P(EveryShape, CountsEveryParameterOfTheModule) {
       o.activation = activation;
       o.tied_head = bias;
       o.moe.gate_bias = bias;
+      if (bias) o.moe.shared = {.ffn = 5, .gated = activation == Activation::relu};
       ByteLanguageModel model(o);
       int64_t counted = 0;
       for (const at::Tensor& parameter : model->parameters()) counted += parameter.numel();
@@ -118,6 +119,9 @@ TEST(Flops, HandCount) {
   EXPECT_EQ(count.total(), count.attention + count.feed_forward + count.gate + count.head);
   o.activation = Activation::swiglu;
   EXPECT_EQ(flops_per_token(o).feed_forward, 2 * 2 * (2 * 3 * 16 * 12));
+  o.moe.shared = {.ffn = 5, .gated = true};
+  EXPECT_EQ(flops_per_token(o).feed_forward, 2 * 2 * (2 * 3 * 16 * 12 + 3 * 16 * 5));
+  EXPECT_EQ(flops_per_token(o).gate, 2 * 2 * 16 * (4 + 1));
 }
 
 TEST(Flops, ActiveParametersLeaveOutIdleExperts) {

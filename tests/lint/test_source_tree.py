@@ -30,6 +30,7 @@ LEVEL_OF_HEADER = {
     "checkpoint.h": "checkpoint",
     "moe.h": "layers",
     "hierarchical_moe.h": "layers",
+    "upcycle.h": "layers",
     "compat.h": "compat",
     "text.h": "models",
     "transformer.h": "models",
