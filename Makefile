@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup build program compare test sanitize sanitize-kernels fuzz format clean
+.PHONY: help setup build program compare test test-transformers sanitize sanitize-kernels fuzz format clean
 
 # Starts a recipe in the Python environment of the set-up, which also holds cmake and ninja.
 in_environment = python="$$(scripts/python.sh)"; export PATH="$$(dirname "$$python"):$$PATH";
@@ -25,6 +25,11 @@ compare: program ## train a MoE and its dense twin on real text and compare them
 
 test: build sanitize-kernels ## run every test: C++, sanitized kernels, Python, installation
 	@$(in_environment) ctest --preset release; python -m pytest
+
+test-transformers: build ## run the tests of turnout.hf with another transformers (VERSION=5.7.0)
+	@$(in_environment) there="$$PWD/build/transformers-$(or $(VERSION),5.7.0)"; \
+	  test -d "$$there" || python -m pip install -q --target "$$there" transformers==$(or $(VERSION),5.7.0); \
+	  PYTHONPATH="$$there" python -m pytest -q tests/python/hf
 
 sanitize: setup ## run the C++ tests with the address and undefined-behaviour sanitizers
 	@$(call configure,asan) cmake --build --preset asan; ctest --preset asan
