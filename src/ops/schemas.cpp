@@ -8,6 +8,7 @@
 TORCH_LIBRARY(turnout, m) {
   // runtime
   m.def("kernel_choices() -> (str[] names, str[] reasons)");
+  m.def("release_scratch() -> ()");
   // router
   m.def("topk(Tensor scores, int top_k) -> Tensor");
   m.def(

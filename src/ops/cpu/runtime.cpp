@@ -29,7 +29,10 @@ std::tuple<std::vector<std::string>, std::vector<std::string>> kernel_choices_op
   return {names, reasons};
 }
 
-TORCH_LIBRARY_IMPL(turnout, CompositeImplicitAutograd, m) { m.impl("kernel_choices", kernel_choices_op); }
+TORCH_LIBRARY_IMPL(turnout, CompositeImplicitAutograd, m) {
+  m.impl("kernel_choices", kernel_choices_op);
+  m.impl("release_scratch", release_scratch);
+}
 
 }  // namespace
 
