@@ -18,16 +18,18 @@ import json
 import pathlib
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
 import peers_report as report
-from peers_cases import PASSES, TYPES, Bank, Case, reference
+from peers_cases import PASSES, TYPES, Bank, Case
 from peers_wheels import DOWNLOAD
 from peers_worker import PEERS, Job, Worker
 
@@ -71,11 +73,12 @@ class Comparison:
     """The workers, and the files that they read cases from."""
 
     def __init__(self, options: argparse.Namespace, folder: pathlib.Path) -> None:
-        self.options, self.folder = options, folder
+        self.options, self.folder, self.job = options, folder, Job.within(folder)
         self.workers: dict[str, Worker] = {}
         self.limits: list[dict] = []
         self.machine: dict = {}
-        self.bank_of: tuple[str, str] | None = None
+        self.bank: Bank | None = None
+        self.bank_of = ("", "")  # shape and type
 
     def measure_limits(self) -> dict[str, float]:
         """Flops and bytes a second, now, by the program on as many threads as torch has here."""
@@ -88,16 +91,13 @@ class Comparison:
                             if isinstance(value, dict)})
         return self.limits[-1]
 
-    def write(self, cell: Cell) -> tuple[Job, Case]:
-        """The case and its float64 results, as files that the workers map: one copy of plain weights serves all."""
+    def write(self, cell: Cell) -> Case:
         if self.bank_of != (cell.shape["name"], cell.type):
-            self.bank, self.bank_of = Bank.make(cell.shape, cell.type), (cell.shape["name"], cell.type)
+            self.bank = self.job.write_bank(Bank.make(cell.shape, cell.type))
+            self.bank_of = (cell.shape["name"], cell.type)
         case = Case.make(cell.shape, cell.type, cell.which, cell.tokens, self.bank)
-        job = Job(self.folder / "case.pt", self.folder / "expected.pt")
-        for path, content in ((job.case, case), (job.expected, reference(case))):
-            path.unlink(missing_ok=True)  # workers may still map the one before
-            torch.save(content, path)
-        return job, case
+        self.job.write_case(case)
+        return case
 
     def worker(self, name: str) -> Worker:
         if name not in self.workers or not self.workers[name].alive:
@@ -105,11 +105,9 @@ class Comparison:
         return self.workers[name]
 
     def run(self, cell: Cell) -> list[dict]:
-        job, case = self.write(cell)
-        rows = {}
-        for name in self.options.peer:
-            head = {"case": case.name, "type": case.type, "pass": case.which, "peer": name}
-            rows[name] = head | self.worker(name).prepare(job)
+        case = self.write(cell)
+        head = {"case": case.name, "type": case.type, "pass": case.which}
+        rows = {name: head | {"peer": name} | row for name, row in self.prepare().items()}
         self.take_rounds(case, rows)
         for name, worker in list(self.workers.items()):
             if PEERS[name].one_case_a_process and "error" in rows[name]:
@@ -117,6 +115,15 @@ class Comparison:
             elif worker.alive:
                 worker.drop()
         return list(rows.values())
+
+    def prepare(self) -> dict[str, dict]:
+        """What each worker says of the case, in the order of the peers. Two work at a time, since nothing is timed yet
+        and compilation, which comes first, takes one core."""
+        names = sorted(self.options.peer, key=lambda name: name != "compile")
+        workers = [self.worker(name) for name in names]  # here, since a process ends with the thread that started it
+        with ThreadPoolExecutor(2) as pool:
+            answers = dict(zip(names, pool.map(lambda worker: worker.prepare(self.job), workers)))
+        return {name: answers[name] for name in self.options.peer}
 
     def take_rounds(self, case: Case, rows: dict[str, dict]) -> None:
         names = [name for name, row in rows.items() if "first_seconds" in row]
@@ -203,6 +210,7 @@ def write_results(options: argparse.Namespace, result: dict) -> None:
 def main() -> int:
     options = parse()
     torch.set_num_threads(options.threads)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers and files go
     memory = pathlib.Path("/dev/shm")  # files in memory, where there are such
     folder = pathlib.Path(tempfile.mkdtemp(prefix="turnout-peers-", dir=memory if memory.is_dir() else None))
     comparison = Comparison(options, folder)

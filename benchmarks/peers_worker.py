@@ -13,11 +13,11 @@ import pathlib
 import resource
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from peers_cases import TOLERANCE, Case, worst_error
+from peers_cases import TOLERANCE, Bank, Case, reference, worst_error
 from peers_implementations import (
     Absent,
     Compiled,
@@ -52,10 +52,37 @@ PREPARE_SECONDS, TURN_SECONDS = 600, 300  # compilation takes its time
 
 @dataclass(frozen=True)
 class Job:
-    """Where the parent has put a case and what its results must be: files of torch.save."""
+    """A case in files, which workers map: one copy of the plain weights serves all of them."""
 
+    bank: pathlib.Path
     case: pathlib.Path
     expected: pathlib.Path
+
+    @classmethod
+    def within(cls, folder: pathlib.Path) -> Job:
+        return cls(folder / "bank.pt", folder / "case.pt", folder / "expected.pt")
+
+    def write_bank(self, bank: Bank) -> Bank:
+        """The mapped one, which takes the place of what was given."""
+        write(bank, self.bank)
+        return read(self.bank)
+
+    def write_case(self, case: Case) -> None:
+        """That of the bank written last, with its results in float64."""
+        write(replace(case, bank=None), self.case)
+        write(reference(case), self.expected)
+
+    def read(self) -> tuple[Case, dict[str, torch.Tensor]]:
+        return replace(read(self.case), bank=read(self.bank)), read(self.expected)
+
+
+def write(content: object, path: pathlib.Path) -> None:
+    path.unlink(missing_ok=True)  # the one before may still be mapped
+    torch.save(content, path)
+
+
+def read(path: pathlib.Path):
+    return torch.load(path, mmap=True, weights_only=False)
 
 
 class Worker:
@@ -143,8 +170,7 @@ def serve(connection, name: str, wheels: pathlib.Path | None, threads: int) -> N
 
 def prepare(name: str, job: Job, wheels: pathlib.Path | None):
     """(peer, row); the peer is None unless its results are right."""
-    case: Case = torch.load(job.case, mmap=True, weights_only=False)
-    expected = torch.load(job.expected, mmap=True, weights_only=False)
+    case, expected = job.read()
     try:
         peer = PEERS[name](case, wheels)
         where, error = worst_error(expected, results_of(peer))

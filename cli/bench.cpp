@@ -42,6 +42,20 @@ struct MachineLimits {
   Spread fp32, bf16, read;
 };
 
+/// Of both limits; all 0 where there is no measure of one.
+struct Shares {
+  Spread peak, read;
+};
+
+/// The limit that binds the case was measured before each run, the other one at the start.
+Shares shares_of(const BenchJob& job, const BenchResult& r, const MachineLimits& limits) {
+  const auto of_start = [&](double work, const Spread& limit) {
+    return limit.median > 0 ? work_per(r.measured.seconds, work / limit.median) : Spread{};
+  };
+  if (is_decode(job.which)) return {of_start(r.flops, job.type == "bf16" ? limits.bf16 : limits.fp32), r.measured.share};
+  return {r.measured.share, of_start(r.moved_bytes, limits.read)};
+}
+
 MachineLimits measure_limits() {
   std::vector<double> fp32, bf16, read;
   for (int i = 0; i < kLimitRounds; ++i) {
@@ -106,9 +120,9 @@ std::string milliseconds(double seconds) {
 
 std::string percent(double share) { return share > 0 ? fmt::format("{:.1f} %", 100 * share) : "-"; }
 
-constexpr const char* kRow = "{:<17} {:>6} {:<4} {:<14} {:>8} {:>15} {:>11} {:>8}\n";
+constexpr const char* kRow = "{:<17} {:>6} {:<4} {:<14} {:>8} {:>15} {:>11} {:>8} {:>8}\n";
 
-void print_row(const BenchJob& job, const BenchResult& r) {
+void print_row(const BenchJob& job, const BenchResult& r, const MachineLimits& limits) {
   if (!r.skipped.empty()) {
     fmt::print("{:<17} {:>6} {:<4} {:<14} skipped: {}\n", job.shape.name, r.tokens, job.type, to_string(job.which),
                r.skipped);
@@ -116,13 +130,14 @@ void print_row(const BenchJob& job, const BenchResult& r) {
     const Measured& m = r.measured;
     const std::string spread = milliseconds(m.seconds.quartile1) + " to " + milliseconds(m.seconds.quartile3);
     const std::string rate = fmt::format("{:.1f} {}", m.rate.median / 1e9, is_decode(job.which) ? "GB/s" : "GF/s");
+    const Shares shares = shares_of(job, r, limits);
     fmt::print(kRow, job.shape.name, r.tokens, job.type, to_string(job.which), milliseconds(m.seconds.median), spread,
-               rate, percent(m.share.median));
+               rate, percent(shares.peak.median), percent(shares.read.median));
   }
   std::fflush(stdout);
 }
 
-Json to_json(const BenchJob& job, const BenchResult& r) {
+Json to_json(const BenchJob& job, const BenchResult& r, const MachineLimits& limits) {
   Json json = {{"shape", to_json(job.shape)}, {"case", to_string(job.which)}, {"type", job.type}, {"tokens", r.tokens}};
   if (!r.skipped.empty()) {
     json["skipped"] = r.skipped;
@@ -130,6 +145,7 @@ Json to_json(const BenchJob& job, const BenchResult& r) {
   }
   json["flops"] = r.flops;
   json["weight_bytes_used"] = r.weight_bytes;
+  json["weight_bytes_moved"] = r.moved_bytes;
   json["weight_bytes_resident"] = r.resident_bytes;
   json["rounds"] = r.measured.rounds;
   json["seconds"] = to_json(r.measured.seconds);
@@ -137,7 +153,9 @@ Json to_json(const BenchJob& job, const BenchResult& r) {
   json["unit"] = is_decode(job.which) ? "bytes/s" : "flops/s";
   json["rate"] = to_json(r.measured.rate);
   json["limit"] = to_json(r.measured.limit);
-  json["share_of_limit"] = to_json(r.measured.share);
+  const Shares shares = shares_of(job, r, limits);
+  json["share_of_register_peak"] = to_json(shares.peak);
+  json["share_of_read_bandwidth"] = to_json(shares.read);
   return json;
 }
 
@@ -178,18 +196,19 @@ void bench(BenchOptions& o) {
   print_head(limits);
   if (!o.limits) {
     fmt::print("\n");
-    fmt::print(kRow, "shape", "tokens", "type", "case", "ms", "quartiles", "rate", "of limit");
+    fmt::print(kRow, "shape", "tokens", "type", "case", "ms", "quartiles", "rate", "of peak", "of reads");
     for (const BenchJob& job : jobs) {
       BenchBank bank(job, 1e9 * o.memory);
       for (const int64_t tokens : is_decode(job.which) ? job.shape.decode_tokens : job.shape.tokens) {
         const BenchResult result = bank.run(tokens, o.seconds);
-        print_row(job, result);
-        json["results"].push_back(to_json(job, result));
+        print_row(job, result, limits);
+        json["results"].push_back(to_json(job, result, limits));
       }
     }
     fmt::print(
-        "\nMedians. The limit, measured before each run, is the register peak (GF/s: 2 a multiply-add of the\n"
-        "products) or, for decode, plain reading (GB/s: weights of the experts used).\n");
+        "\nMedians. Of peak: 2 flops a multiply-add of the products, against the registers' peak. Of reads:\n"
+        "bytes of the weights of the experts used (thrice for a step), against plain reading. The limit of\n"
+        "the rate shown was measured before each run, the other one at the start.\n");
   }
   if (file) {
     const std::string text = json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";

@@ -109,6 +109,7 @@ BenchResult BenchBank::run(int64_t tokens, double seconds) {
     run_step(result, seconds);
   else
     run_inference(result, seconds);
+  result.moved_bytes = result.weight_bytes * (job_.which == BenchCase::step ? 3 : 1);
   return result;
 }
 

@@ -39,6 +39,7 @@ struct BenchResult {
   int64_t tokens = 0;
   double flops = 0;           ///< of the products of a run: 2 a multiply-add, a step being three forwards
   double weight_bytes = 0;    ///< of the experts that a run uses, mean over rounds
+  double moved_bytes = 0;     ///< the same; for a step thrice, since it reads weights twice and writes their gradients
   double resident_bytes = 0;  ///< of the weights that rounds move through
   std::string skipped{};      ///< why it was not run; empty where it was
   Measured measured{};

@@ -43,6 +43,10 @@ Spread spread_of(std::vector<double> values) {
   return {at(0), at(0.25), at(0.5), at(0.75), at(1)};
 }
 
+Spread work_per(const Spread& values, double work) {
+  return {work / values.max, work / values.quartile3, work / values.median, work / values.quartile1, work / values.min};
+}
+
 nlohmann::ordered_json to_json(const Spread& s) {
   return {{"median", s.median}, {"min", s.min}, {"quartile1", s.quartile1}, {"quartile3", s.quartile3}, {"max", s.max}};
 }

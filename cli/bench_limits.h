@@ -15,6 +15,8 @@ struct Spread {
 };
 
 Spread spread_of(std::vector<double> values);
+/// Of work / value for each value.
+Spread work_per(const Spread& values, double work);
 nlohmann::ordered_json to_json(const Spread& spread);
 
 /// Seconds of the wall clock.

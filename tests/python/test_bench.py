@@ -58,8 +58,14 @@ def test_json_holds_results_machine_and_limits(tmp_path):
         assert r["flops"] == forward_flops * (3 if r["case"] == "step" else 1 / 8 if decode else 1)
         assert r["limited_by"] == ("read bandwidth" if decode else "register peak")
         assert r["rounds"] >= 5
-        for values in r["seconds"], r["rate"], r["limit"], r["share_of_limit"]:
+        for values in r["seconds"], r["rate"], r["limit"], r["share_of_register_peak"], r["share_of_read_bandwidth"]:
             assert 0 <= values["min"] <= values["quartile1"] <= values["median"] <= values["quartile3"] <= values["max"]
+        assert r["weight_bytes_moved"] == r["weight_bytes_used"] * (3 if r["case"] == "step" else 1)
+        moved, reads = r["weight_bytes_moved"], report["limits"]["read_bytes"]["median"]
+        if not decode:
+            assert r["share_of_read_bandwidth"]["median"] == pytest.approx(moved / r["seconds"]["median"] / reads)
+        elif peak := report["limits"][f"{r['type']}_flops"]["median"]:
+            assert r["share_of_register_peak"]["median"] == pytest.approx(r["flops"] / r["seconds"]["median"] / peak)
         if decode and r["type"] == "bf16":
             assert r["weight_bytes_used"] == 2 * expert_bytes <= r["weight_bytes_resident"]
 

@@ -38,11 +38,18 @@ def tiny_case(which="forward", type_="fp32", **changes):
     return peers_cases.Case.make(shape, type_, which, tokens, peers_cases.Bank.make(shape, type_))
 
 
+def written(case, folder):
+    job = peers_worker.Job.within(folder)
+    job.write_bank(case.bank)
+    job.write_case(case)
+    return job
+
+
 def prepared(name, case, folder, expected=None):
     """The row of a peer, in this process."""
-    job = peers_worker.Job(folder / "case.pt", folder / "expected.pt")
-    torch.save(case, job.case)
-    torch.save(expected or peers_cases.reference(case), job.expected)
+    job = written(case, folder)
+    if expected:
+        torch.save(expected, job.expected)
     return peers_worker.prepare(name, job, None)[1]
 
 
@@ -173,10 +180,7 @@ def test_a_failing_peer_is_a_row(tmp_path, monkeypatch):
 
 
 def test_a_crash_ends_one_worker_alone(tmp_path):
-    case = tiny_case()
-    job = peers_worker.Job(tmp_path / "case.pt", tmp_path / "expected.pt")
-    torch.save(case, job.case)
-    torch.save(peers_cases.reference(case), job.expected)
+    job = written(tiny_case(), tmp_path)
     worker = peers_worker.Worker("loop", None, 1)
     try:
         assert worker.prepare(job)["error"] < 1e-5
