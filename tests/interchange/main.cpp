@@ -2,8 +2,8 @@
 //
 //   interchange IN OUT
 //
-// IN: metadata with the layer's options by name; the tensor "x"; "layer.NAME" of every parameter, or none of them, and
-// then the layer keeps what it draws from the seed 0. OUT: "output", "aux_loss" and "layer.NAME" of every parameter.
+// IN: metadata with the layer's options by name; the tensor "x"; "layer.NAME" of every parameter and buffer, or none, and
+// then the layer keeps what it draws from the seed 0. OUT: "output", "aux_loss" and "layer.NAME" of all.
 #include <turnout/checkpoint.h>
 #include <turnout/hierarchical_moe.h>
 #include <turnout/moe.h>
@@ -34,7 +34,8 @@ MoEOptions moe_options(const Words& words) {
   options.gate_bias = number(words, "gate_bias") != 0;
   options.shared.ffn = number(words, "shared_ffn");
   options.shared.gated = number(words, "shared_gated") != 0;
-  options.router_weights = parse_router_weights(words.at("router_weights"));
+  options.router = router_preset(words.at("router"));
+  options.selection_bias = number(words, "selection_bias") != 0;
   options.capacity.fixed = number(words, "capacity");
   options.z_coefficient = 1e-3;
   return options;

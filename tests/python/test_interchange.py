@@ -14,9 +14,10 @@ MOE = {
     "plain": {"activation": "gelu", "bias": True},
     "gated, with a gate bias": {"activation": "swiglu", "bias": False, "gate_bias": True},
     "shared": {"activation": "swiglu", "bias": False, "shared_ffn": 7, "shared_gated": True, "top_k": 1,
-               "router_weights": "probability"},
+               "router": "switch"},
+    "selection bias": {"activation": "silu", "bias": False, "num_experts": 16, "router": "deepseek_v3", "selection_bias": True},
     "shared without a gate, capacity": {"activation": "relu", "bias": True, "shared_ffn": 3, "capacity": 2,
-                                        "router_weights": "softmax_of_topk"},
+                                        "router": "gpt_oss"},
 }  # fmt: skip
 
 
@@ -53,10 +54,12 @@ def agree(layer, folder, kind, options, x) -> None:
 
 @pytest.mark.parametrize("case", MOE)
 def test_moe(case, tmp_path) -> None:
-    options = {"hidden": 6, "ffn": 5, "num_experts": 4, "top_k": 2, "router_weights": "normalized", **MOE[case]}
+    options = {"hidden": 6, "ffn": 5, "num_experts": 4, "top_k": 2, "router": "mixtral", **MOE[case]}
     python = dict(options)
     capacity = turnout.CapacityOptions(fixed=python.pop("capacity", 0))
     layer = turnout.MoE(**python, capacity=capacity, z_coefficient=1e-3)
+    if layer.selection_bias is not None:
+        layer.selection_bias.normal_()
     agree(layer, tmp_path, "MoE", options, torch.randn(3, 4, 6))
 
 
@@ -69,7 +72,7 @@ def test_hierarchical_moe(tmp_path) -> None:
 @pytest.mark.parametrize("kind", ["MoE", "HierarchicalMoE"])
 def test_one_seed_draws_the_same_parameters(kind, tmp_path) -> None:
     if kind == "MoE":
-        options = {"hidden": 6, "ffn": 5, "num_experts": 4, "top_k": 2, "router_weights": "normalized",
+        options = {"hidden": 6, "ffn": 5, "num_experts": 4, "top_k": 2, "router": "mixtral",
                    "activation": "swiglu", "bias": True, "gate_bias": True, "shared_ffn": 7, "shared_gated": True}  # fmt: skip
     else:
         options = {"hidden": 6, "ffn": 5, "outer": 2, "inner": 3}
@@ -81,7 +84,7 @@ def test_one_seed_draws_the_same_parameters(kind, tmp_path) -> None:
 
 
 def test_a_state_that_does_not_fit_is_one_error(tmp_path) -> None:
-    options = {"hidden": 6, "ffn": 5, "num_experts": 4, "top_k": 2, "router_weights": "normalized", **MOE["plain"]}
+    options = {"hidden": 6, "ffn": 5, "num_experts": 4, "top_k": 2, "router": "mixtral", **MOE["plain"]}
     state = state_of(turnout.MoE(6, 4, 4))
     state["layer.other"] = state.pop("layer.gate.weight")
     with pytest.raises(AssertionError, match="'gate.weight' is missing.*'other' is unused"):

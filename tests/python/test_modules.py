@@ -24,6 +24,7 @@ def moe(**options) -> turnout.MoE:
 LAYERS = {
     "MoE": moe,
     "MoE with capacity": lambda: moe(capacity=turnout.CapacityOptions(factor=1.0)),
+    "MoE with a selection bias": lambda: moe(router={"score": "sigmoid", "scale": 2.5}, selection_bias=True),
     "MoE of modules": lambda: turnout.MoE(
         HIDDEN, FFN, EXPERTS, experts=[turnout.nn.Perceptron(HIDDEN, FFN) for _ in range(EXPERTS)]
     ),

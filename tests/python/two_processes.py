@@ -27,7 +27,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = turnout.MoE(HIDDEN, 6, 4, activation="swiglu", shared_ffn=5, shared_gated=True)
-        self.second = turnout.MoE(HIDDEN, 6, 5, 1, router_weights="probability", z_coefficient=1e-3)
+        self.second = turnout.MoE(HIDDEN, 6, 5, 1, router="switch", z_coefficient=1e-3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         first = self.first(x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
@@ -77,8 +77,11 @@ class MoE(nn.Module):
     shared_ffn: width of a block that every token passes beside its experts, 0: there is none; shared_gated: its output is
       multiplied by σ(shared_gate(x)) (Qwen2-MoE) instead of added as it is (DeepSeek)
     gate_bias: of the gate, a linear map from hidden to num_experts
-    router_weights: how the weights of the chosen experts follow from the logits, see route(). With top_k = 1 only
-      `probability` lets the output train the gate
+    router: how the experts of a token and their weights follow from the logits: switches of route() by name, or the name
+      of a router_preset(); by default softmax, weights divided by their sum. With top_k = 1 only weights="probability"
+      lets the output train the gate
+    selection_bias: experts are chosen by score + a buffer selection_bias [num_experts] float32, zeros at first, which no
+      gradient moves (DeepSeek-V3)
     capacity: a CapacityOptions; by default nothing is dropped
     load_count, balance_coefficient, z_coefficient: the losses, see balance_loss() and z_loss(); with a coefficient of 0
       a loss is not computed
@@ -88,8 +91,8 @@ class MoE(nn.Module):
     device, dtype: of the parameters made here
 
     Parameters: gate.weight [num_experts, hidden], gate.bias; experts.up, down, up_bias, down_bias as in
-    FeedForwardBank; shared.* as in FeedForward; shared_gate.weight [1, hidden]. They are those of turnout::MoE in C++,
-    drawn in the same order.
+    FeedForwardBank; shared.* as in FeedForward; shared_gate.weight [1, hidden]. They and the buffer are those of
+    turnout::MoE in C++, drawn in the same order.
     Raises ValueError or TypeError naming the argument, what it got and what was expected.
     """
 
@@ -105,7 +108,8 @@ class MoE(nn.Module):
         shared_ffn: int = 0,
         shared_gated: bool = False,
         gate_bias: bool = False,
-        router_weights: ops.RouterWeights = "normalized",
+        router: ops.RouterOptions | Mapping[str, Any] | str | None = None,
+        selection_bias: bool = False,
         capacity: CapacityOptions | None = None,
         load_count: ops.LoadCount = "per_assignment",
         balance_coefficient: float = 1e-2,
@@ -118,11 +122,11 @@ class MoE(nn.Module):
         super().__init__()
         check.positive_int(_NAME, hidden=hidden, num_experts=num_experts)
         check.top_k(_NAME, top_k, num_experts)
-        check.one_of(_NAME, get_args(ops.RouterWeights), router_weights=router_weights)
         check.one_of(_NAME, get_args(ops.LoadCount), load_count=load_count)
         check.non_negative_number(_NAME, balance_coefficient=balance_coefficient, z_coefficient=z_coefficient)
         self.hidden, self.num_experts, self.top_k = hidden, num_experts, top_k
-        self.router_weights = router_weights
+        self.router = dict(ops.router_preset(router) if isinstance(router, str) else router or {})
+        ops.route(torch.zeros(0, num_experts), top_k, **self.router)  # raises for impossible switches
         self.capacity = CapacityOptions() if capacity is None else capacity
         check.one_of(_NAME, get_args(ops.DropOrder), **{"capacity.order": self.capacity.order})
         self.capacity.places(0, top_k, num_experts)  # raises for impossible options
@@ -135,6 +139,8 @@ class MoE(nn.Module):
             self.experts: nn.Module = FeedForwardBank(hidden, ffn, num_experts, activation, bias, **where)
         else:
             self.experts = as_experts(_NAME, experts, num_experts)
+        bias_made = torch.zeros(num_experts, dtype=torch.float32, device=device) if selection_bias else None
+        self.register_buffer("selection_bias", bias_made)
         self.shared, self.shared_gate = _shared(hidden, shared_ffn, shared_gated, activation, bias, where)
 
     def forward(self, x: Tensor) -> MoEOutput:
@@ -148,7 +154,7 @@ class MoE(nn.Module):
                 f"{_NAME}: the gate's output has shape {list(logits.shape)}, expected [tokens, {self.num_experts}] "
                 "(num_experts)"
             )
-        routing = ops.route(logits, self.top_k, self.router_weights)
+        routing = ops.route(logits, self.top_k, **self.router, selection_bias=self.selection_bias)
         aux_loss = self._aux_loss(routing, logits)
         routing, dropped = self._limit(routing, x.shape[-2] if per_sequence else tokens.shape[0])
         plan = ops.plan(routing.topk_ids, self.num_experts)
