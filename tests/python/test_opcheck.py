@@ -54,7 +54,7 @@ CASES = {
     "dispatch": lambda: (leaf(4, 3), *PLAN[1:]),
     "combine": lambda: (leaf(8, 3), leaf(4, 2), *PLAN[1:]),
     "experts": lambda: experts_arguments("bank"),
-    "experts of lists": lambda: experts_arguments("list"),
+    "experts of lists": lambda: (*experts_arguments("list"), False, True),
     "experts_forward": lambda: (*without_gradients(experts_arguments("bank")), True),
     "prepack": lambda: (*without_gradients(expert_lists("list")[:2]), "swiglu"),
     "experts_packed": packed_arguments,
