@@ -15,6 +15,7 @@ from .ops import (  # noqa: E402
     Capped,
     DispatchPlan,
     DispatchTensors,
+    RouterOptions,
     Routing,
     Top2Routing,
     balance_loss,
@@ -29,11 +30,14 @@ from .ops import (  # noqa: E402
     queue_positions,
     route,
     route_top2,
+    router_preset,
+    router_preset_names,
     slot_importance,
     slot_plan,
     topk,
     z_loss,
 )
+from .quantized import decode_fp8_blocks, decode_mxfp4  # noqa: E402
 from .runtime import KernelChoice, kernel_choices, release_scratch  # noqa: E402
 
 __version__ = "0.1.0"
@@ -44,11 +48,14 @@ __all__ = [
     "DispatchTensors",
     "KernelChoice",
     "PackedExperts",
+    "RouterOptions",
     "Routing",
     "Top2Routing",
     "balance_loss",
     "combine",
     "compat",
+    "decode_fp8_blocks",
+    "decode_mxfp4",
     "dispatch",
     "dispatch_tensors",
     "expert_capacity",
@@ -64,6 +71,8 @@ __all__ = [
     "release_scratch",
     "route",
     "route_top2",
+    "router_preset",
+    "router_preset_names",
     "slot_importance",
     "slot_plan",
     "topk",

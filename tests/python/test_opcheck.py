@@ -59,6 +59,8 @@ CASES = {
     "prepack": lambda: (*without_gradients(expert_lists("list")[:2]), "swiglu"),
     "experts_packed": packed_arguments,
     "fused_experts": lambda: (leaf(4, 3), IDS, leaf(4, 2), *expert_lists("list"), "swiglu", True),
+    "decode_mxfp4": lambda: (torch.randint(0, 256, (2, 3, 16), dtype=torch.uint8), torch.full((2, 3), 127).byte()),
+    "decode_fp8_blocks": lambda: (torch.randn(5, 4).to(torch.float8_e4m3fn), torch.rand(3, 2), [2, 3]),
     "feed_forward": lambda: (leaf(2, 2, 3), leaf(4, 3), leaf(3, 2), leaf(4), None, "geglu"),
 }
 
@@ -66,13 +68,23 @@ CASES = {
 # opcheck adds all outputs up, beginning with the first, and cannot add float to int64: these are compiled elsewhere.
 INTEGERS_FIRST = {"route", "route_top2", "limit_capacity"}
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+# opcheck's test of the schema multiplies the inputs, which torch cannot do in float8.
+FLOAT8_CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_op(case) -> None:
     op = getattr(OPS, case.split()[0]).default
     checks = {"test_utils": CHECKS} if case in INTEGERS_FIRST else {}
+    if case == "decode_fp8_blocks":
+        checks = {"test_utils": FLOAT8_CHECKS}
     torch.library.opcheck(op, CASES[case](), **checks)
+
+
+def test_route_with_every_option() -> None:
+    options = {**turnout.router_preset("deepseek_v3"), "groups": 3, "kept_groups": 2}
+    tensors = {"selection_bias": torch.randn(6), "token_mask": torch.tensor([True, True, False, True])}
+    torch.library.opcheck(OPS.route.default, (leaf(4, 6), 2), {**options, **tensors}, test_utils=CHECKS)
 
 
 def test_experts_backward() -> None:
@@ -89,5 +101,5 @@ def test_no_op_is_left_out() -> None:
     }
     tested = {case.split()[0] for case in CASES} | {"experts_backward"}
     assert declared - tested == {
-        "expert_capacity", "kernel_choices", "packed_layout", "release_scratch"
+        "expert_capacity", "kernel_choices", "packed_layout", "release_scratch", "router_preset", "router_preset_names"
     }  # words and numbers out
