@@ -141,14 +141,44 @@ at::Tensor ExpertParallelImpl::forward_beside(const at::Tensor& x, const at::Ten
   return combine(chunks == 1 ? made[0] : at::cat(made), topk_weights, send.plan);
 }
 
+namespace {
+
+// The experts of this rank, drawn as in the whole bank; the bank itself where one rank holds all.
+std::shared_ptr<ExpertsModule> bank_on(const ParallelLayout& layout, const FeedForwardOptions& expert,
+                                       int64_t num_experts, int64_t unit) {
+  const auto& group = layout.experts;
+  if (group.size == 1) return FeedForwardBank(expert, num_experts).ptr();
+  const auto bounds = expert_bounds(num_experts, group.size, unit);
+  const auto first = bounds[group.rank];
+  const FeedForwardBank local(expert, ExpertRange{first, bounds[group.rank + 1] - first, num_experts});
+  return ExpertParallel(local.ptr(), group, bounds, layout.chunks).ptr();
+}
+
+}  // namespace
+
 MoE expert_parallel_moe(const MoEOptions& options, const ParallelLayout& layout) {
-  const auto bounds = expert_bounds(options.num_experts, layout.experts.size);
-  const auto first = bounds[layout.experts.rank];
   const auto linear = torch::nn::LinearOptions(options.hidden, options.num_experts).bias(options.gate_bias);
   torch::nn::Linear gate(linear);
-  const FeedForwardBank local(FeedForwardOptions{options.hidden, options.ffn, options.activation, options.bias},
-                              ExpertRange{first, bounds[layout.experts.rank + 1] - first, options.num_experts});
-  return MoE(options, torch::nn::AnyModule(gate), ExpertParallel(local.ptr(), layout.experts, bounds, layout.chunks).ptr());
+  const FeedForwardOptions expert{options.hidden, options.ffn, options.activation, options.bias};
+  MoE moe(options, torch::nn::AnyModule(gate), bank_on(layout, expert, options.num_experts, 1));
+  if (layout.joined_batch) moe->join(layout.all);
+  return moe;
+}
+
+HierarchicalMoE expert_parallel_moe(const HierarchicalMoEOptions& options, const ParallelLayout& layout) {
+  const FeedForwardOptions expert{options.hidden, options.ffn > 0 ? options.ffn : 4 * options.hidden,
+                                  options.activation, options.bias};
+  const auto [outer, inner] = options.num_experts;
+  return HierarchicalMoE(options, bank_on(layout, expert, outer * inner, inner));
+}
+
+std::map<std::string, ExpertRange> parts_of_banks(const torch::nn::Module& module) {
+  std::map<std::string, ExpertRange> parts;
+  for (const auto& item : module.named_modules())
+    if (const auto* experts = dynamic_cast<const ExpertParallelImpl*>(item.value().get()))
+      for (const auto& parameter : experts->named_parameters(/*recurse=*/false))
+        parts.emplace((item.key().empty() ? "" : item.key() + ".") + parameter.key(), experts->range());
+  return parts;
 }
 
 }  // namespace turnout
