@@ -6,6 +6,7 @@
 #include <turnout/experts.h>
 #include <turnout/plan.h>
 #include <turnout/router.h>
+#include <turnout/world.h>
 
 #include <torch/nn/module.h>
 #include <torch/nn/modules/container/any.h>
@@ -143,6 +144,12 @@ class MoEImpl : public torch::nn::Module {
   /// x [..., hidden]; for capacity per sequence [..., sequence, hidden]. No tokens: an empty output, losses of 0.
   MoEOutput forward(const at::Tensor& x);
 
+  /// From now on capacity and losses are those of the joined batch of these ranks, whose tokens stand in order of rank;
+  /// places by sequence stay as they are. Every rank calls forward() then, also without tokens. The mean of the ranks'
+  /// aux_loss is that of the joined batch, and so is the mean of their gradients (average_gradients()). To drop at random
+  /// the ranks follow the random numbers of the first. Limiting capacity gathers the ids and weights of all ranks.
+  void join(const Group& ranks) { joined_ = ranks; }
+
   const MoEOptions options;
   torch::nn::AnyModule gate;
   std::shared_ptr<ExpertsModule> experts;
@@ -152,6 +159,9 @@ class MoEImpl : public torch::nn::Module {
 
  private:
   void register_modules();
+  Capped limit(const Routing& routing, const at::Tensor& x) const;
+
+  Group joined_{};
 };
 TORCH_MODULE(MoE);
 

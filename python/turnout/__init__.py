@@ -40,6 +40,7 @@ from .ops import (  # noqa: E402
     topk,
     z_loss,
 )
+from .parallel import expert_bounds, expert_parallel  # noqa: E402
 from .quantized import decode_fp8_blocks, decode_mxfp4  # noqa: E402
 from .runtime import KernelChoice, kernel_choices, release_scratch  # noqa: E402
 
@@ -67,7 +68,9 @@ __all__ = [
     "decode_mxfp4",
     "dispatch",
     "dispatch_tensors",
+    "expert_bounds",
     "expert_capacity",
+    "expert_parallel",
     "feed_forward",
     "fused_experts",
     "kernel_choices",

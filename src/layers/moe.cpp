@@ -2,6 +2,7 @@
 #include <turnout/moe.h>
 
 #include "../ops/checks.h"
+#include "joined_batch.h"
 
 #include <ATen/ATen.h>
 
@@ -61,6 +62,17 @@ void MoEImpl::register_modules() {
                                   torch::nn::Linear(torch::nn::LinearOptions(options.hidden, 1).bias(false)));
 }
 
+Capped MoEImpl::limit(const Routing& routing, const at::Tensor& x) const {
+  const auto& how = options.capacity;
+  const auto tokens = routing.topk_ids.size(0);
+  if (how.dropless()) return {routing, at::zeros({}, routing.topk_ids.options())};
+  if (!how.per_sequence && joined_.size > 1) return limit_joined(routing, how, options.num_experts, joined_);
+  if (tokens == 0) return {routing, at::zeros({}, routing.topk_ids.options())};
+  const auto group = how.per_sequence ? x.size(-2) : tokens;
+  const auto places = expert_capacity(how, group, options.top_k, options.num_experts);
+  return limit_capacity(routing, options.num_experts, places, group, how.order, how.renormalize);
+}
+
 MoEOutput MoEImpl::forward(const at::Tensor& x) {
   const bool per_sequence = options.capacity.per_sequence && !options.capacity.dropless();
   const int64_t least = per_sequence ? 2 : 1;
@@ -79,15 +91,9 @@ MoEOutput MoEImpl::forward(const at::Tensor& x) {
         out.aux_loss + options.balance_coefficient * balance_loss(routing.scores, routing.topk_ids, options.load_count);
   if (options.z_coefficient > 0) out.aux_loss = out.aux_loss + options.z_coefficient * z_loss(logits_TE);
 
-  out.dropped = at::zeros({}, routing.topk_ids.options());
-  if (!options.capacity.dropless() && x_TD.size(0) > 0) {
-    const auto group = per_sequence ? x.size(-2) : x_TD.size(0);
-    const auto places = expert_capacity(options.capacity, group, options.top_k, options.num_experts);
-    auto capped = limit_capacity(routing, options.num_experts, places, group, options.capacity.order,
-                                 options.capacity.renormalize);
-    routing = std::move(capped.routing);
-    out.dropped = std::move(capped.dropped);
-  }
+  auto capped = limit(routing, x);
+  routing = std::move(capped.routing);
+  out.dropped = std::move(capped.dropped);
   out.plan = plan(routing.topk_ids, options.num_experts);
   at::Tensor shared_TD, shared_logits_T1;
   auto y_TD = experts->forward_beside(x_TD, routing.topk_weights, out.plan, [&] {

@@ -82,6 +82,15 @@ TORCH_LIBRARY(turnout, m) {
   m.def(
       "feed_forward(Tensor x, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, str activation)"
       " -> Tensor");
+  // experts on several ranks; registered in src/layers
+  m.def("expert_bounds(int num_experts, int ranks, int unit=1) -> int[]");
+  m.def(
+      "expert_parallel(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor[] up, Tensor[] down, Tensor[] up_bias,"
+      " Tensor[] down_bias, str activation, int num_experts, str group, int chunks=1) -> Tensor");
+  m.def(
+      "expert_parallel_backward(Tensor grad, Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor[] up, Tensor[] down,"
+      " Tensor[] up_bias, Tensor[] down_bias, str activation, int num_experts, str group, int chunks, bool[6] needs)"
+      " -> (Tensor x, Tensor topk_weights, Tensor[] up, Tensor[] down, Tensor[] up_bias, Tensor[] down_bias)");
   // quantised weights
   m.def("decode_mxfp4(Tensor blocks, Tensor scales, *, ScalarType? dtype=None) -> Tensor");
   m.def(
