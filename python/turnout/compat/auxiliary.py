@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .. import ops
+from .. import losses, ops
 from ..nn import FeedForward, run_experts
 from . import _checks as check
 
@@ -62,7 +62,7 @@ class MoELayer(nn.Module):
         tokens = x.reshape(-1, self.hidden_dim)
         weights = "probability" if self.raw_probabilities else "softmax_of_topk"
         routing = ops.route(self.gate(tokens), self.top_k, weights)
-        aux_loss = ops.balance_loss(routing.scores, routing.topk_ids, "first_choice")
+        aux_loss = losses.balance_loss(routing.scores, routing.topk_ids, "first_choice")
         y = run_experts(self.experts, tokens, routing.topk_ids, routing.topk_weights).view(x.shape)
         if self.dense is not None:
             y = self.alpha * self.dense(x) + (1 - self.alpha) * y
