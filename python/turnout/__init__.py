@@ -1,7 +1,8 @@
 """Turnout: Mixture of Experts on LibTorch.
 
 The stages of an MoE layer as functions over tensors, each one an op that C++ shares: route, limit_capacity, plan,
-dispatch, combine, fused_experts and the losses. `turnout.compat` has the layers of five well-known descriptions.
+dispatch, combine, fused_experts and the losses. MoE and HierarchicalMoE are modules of them; `turnout.compat` has the
+layers of five well-known descriptions.
 All ops run under torch.compile and torch.export without graph breaks, on the CPU and on any device of torch.
 """
 
@@ -23,6 +24,7 @@ from .losses import (  # noqa: E402
     update_selection_bias,
     z_loss,
 )
+from .nn import CapacityOptions, HierarchicalMoE, HierarchicalMoEOutput, MoE, MoEOutput  # noqa: E402
 from .ops import (  # noqa: E402
     Capped,
     DispatchPlan,
@@ -30,6 +32,7 @@ from .ops import (  # noqa: E402
     RouterOptions,
     Routing,
     Top2Routing,
+    add_shared,
     combine,
     dispatch,
     dispatch_tensors,
@@ -65,17 +68,23 @@ from .runtime import KernelChoice, kernel_choices, release_scratch  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
+    "CapacityOptions",
     "Capped",
     "DispatchPlan",
     "DispatchTensors",
     "ExpertChoice",
+    "HierarchicalMoE",
+    "HierarchicalMoEOutput",
     "KernelChoice",
+    "MoE",
+    "MoEOutput",
     "NoisyLogits",
     "PackedExperts",
     "RouterOptions",
     "Routing",
     "RoutingStatistics",
     "Top2Routing",
+    "add_shared",
     "balance_loss",
     "balance_loss_of_sums",
     "balance_sums",

@@ -106,13 +106,13 @@ struct Router {
     int64_t ids[kMostChoices];
     bool kept[kMostExperts] = {};
     for (int64_t g = 0; g < q.groups; ++g) {
-      topk_of(keys.v + g * size, size, q.group_top, ids);
+      topk_of<4 * L>(keys.v + g * size, size, q.group_top, ids);
       float sum = choice.v[ids[0]];
       for (int64_t i = 1; i < q.group_top; ++i) sum += choice.v[ids[i]];
       best.v[g] = sum;
     }
     keys_of(best.v, q.groups, of_groups.v);
-    topk_of(of_groups.v, q.groups, q.kept_groups, ids);
+    topk_of<4 * L>(of_groups.v, q.groups, q.kept_groups, ids);
     for (int64_t i = 0; i < q.kept_groups; ++i) kept[ids[i]] = true;
     for (int64_t g = 0; g < q.groups; ++g)
       for (int64_t e = g * size; !kept[g] && e < (g + 1) * size; ++e) keys.v[e] = key_of(instead, e);
@@ -162,7 +162,7 @@ struct Router {
       }
       keys_of(by_score ? choice.v : x.v, n, keys.v);
       if (q.groups > 1) limit_groups(q, choice, keys);
-      topk_of(keys.v, n, k, ids);
+      topk_of<4 * L>(keys.v, n, k, ids);
       weigh(q, x, s, ids, out.weights + t * k);
       if (q.score == RouterScore::softmax)
         memcpy(scores, s.v, static_cast<size_t>(n) * 4);
