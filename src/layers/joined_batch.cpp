@@ -39,8 +39,9 @@ Capped limit_joined(const Routing& own, const CapacityOptions& how, int64_t num_
   return {kept, own.topk_ids.ge(0).sum() - kept.topk_ids.ge(0).sum()};
 }
 
-at::Tensor joined_mean(const at::Tensor& own_mean, int64_t tokens, const Group& ranks) {
-  const auto count = at::full({}, static_cast<double>(tokens), own_mean.options().requires_grad(false));
+at::Tensor joined_mean(const at::Tensor& own_mean, const at::Tensor& tokens, const Group& ranks) {
+  if (ranks.size == 1) return own_mean;
+  const auto count = tokens.to(own_mean.scalar_type());
   return own_mean * (count * static_cast<double>(ranks.size) / sum_over(count, ranks).clamp_min(1));
 }
 

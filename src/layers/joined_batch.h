@@ -10,7 +10,7 @@ namespace turnout {
 Capped limit_joined(const Routing& own, const CapacityOptions& how, int64_t num_experts, const Group& ranks);
 
 /// This rank's share of a mean over the joined tokens, times the ranks: the mean over ranks of what it makes of the
-/// ranks' own means is the joined mean. @param tokens of this rank
-at::Tensor joined_mean(const at::Tensor& own_mean, int64_t tokens, const Group& ranks);
+/// ranks' own means is the joined mean. @param tokens that the own mean was taken over, a scalar
+at::Tensor joined_mean(const at::Tensor& own_mean, const at::Tensor& tokens, const Group& ranks);
 
 }  // namespace turnout
