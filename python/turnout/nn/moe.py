@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
-from .. import ops
+from .. import losses, ops, routers
 from ..experts import Activation
 from .feed_forward import FeedForward, FeedForwardBank, ModuleExperts
 
@@ -28,7 +28,7 @@ class CapacityOptions:
     minimum: int = 0
     """lower bound of what the factor gives (tensor2tensor: 4)"""
     rounding: ops.CapacityRounding = "ceil"
-    """ceil (Megatron, DeepSpeed) or floor (MegaBlocks, tensor2tensor)"""
+    """ceil (Megatron, DeepSpeed), floor (MegaBlocks, tensor2tensor) or share (Tutel)"""
     count_choices: bool = True
     """multiply by top_k (tensor2tensor: no)"""
     per_sequence: bool = False
@@ -82,6 +82,9 @@ class MoE(nn.Module):
       lets the output train the gate
     selection_bias: experts are chosen by score + a buffer selection_bias [num_experts] float32, zeros at first, which no
       gradient moves (DeepSeek-V3)
+    jitter: in training the router's input is x · uniform(1 ± jitter); jitter_experts: the experts see that input too
+      (Mixtral in transformers)
+    noisy: in training logits + noise · softplus(noise_gate(x)); noise_gate is linear, zeros at first (Shazeer)
     capacity: a CapacityOptions; by default nothing is dropped
     load_count, balance_coefficient, z_coefficient: the losses, see balance_loss() and z_loss(); with a coefficient of 0
       a loss is not computed
@@ -91,7 +94,7 @@ class MoE(nn.Module):
     device, dtype: of the parameters made here
 
     Parameters: gate.weight [num_experts, hidden], gate.bias; experts.up, down, up_bias, down_bias as in
-    FeedForwardBank; shared.* as in FeedForward; shared_gate.weight [1, hidden]. They and the buffer are those of
+    FeedForwardBank; shared.* as in FeedForward; shared_gate.weight [1, hidden]; noise_gate.weight. They and the buffer are those of
     turnout::MoE in C++, drawn in the same order.
     Raises ValueError or TypeError naming the argument, what it got and what was expected.
     """
@@ -110,8 +113,11 @@ class MoE(nn.Module):
         gate_bias: bool = False,
         router: ops.RouterOptions | Mapping[str, Any] | str | None = None,
         selection_bias: bool = False,
+        jitter: float = 0.0,
+        jitter_experts: bool = False,
+        noisy: bool = False,
         capacity: CapacityOptions | None = None,
-        load_count: ops.LoadCount = "per_assignment",
+        load_count: losses.LoadCount = "per_assignment",
         balance_coefficient: float = 1e-2,
         z_coefficient: float = 0.0,
         gate: nn.Module | None = None,
@@ -122,7 +128,7 @@ class MoE(nn.Module):
         super().__init__()
         check.positive_int(_NAME, hidden=hidden, num_experts=num_experts)
         check.top_k(_NAME, top_k, num_experts)
-        check.one_of(_NAME, get_args(ops.LoadCount), load_count=load_count)
+        check.one_of(_NAME, get_args(losses.LoadCount), load_count=load_count)
         check.non_negative_number(_NAME, balance_coefficient=balance_coefficient, z_coefficient=z_coefficient)
         self.hidden, self.num_experts, self.top_k = hidden, num_experts, top_k
         self.router = dict(ops.router_preset(router) if isinstance(router, str) else router or {})
@@ -130,6 +136,8 @@ class MoE(nn.Module):
         self.capacity = CapacityOptions() if capacity is None else capacity
         check.one_of(_NAME, get_args(ops.DropOrder), **{"capacity.order": self.capacity.order})
         self.capacity.places(0, top_k, num_experts)  # raises for impossible options
+        routers.jitter(torch.zeros(0), jitter)  # raises outside of [0, 1)
+        self.jitter, self.jitter_experts = jitter, jitter_experts
         self.load_count = load_count
         self.balance_coefficient, self.z_coefficient = balance_coefficient, z_coefficient
 
@@ -139,23 +147,42 @@ class MoE(nn.Module):
             self.experts: nn.Module = FeedForwardBank(hidden, ffn, num_experts, activation, bias, **where)
         else:
             self.experts = as_experts(_NAME, experts, num_experts)
+        self.noise_gate = nn.Linear(hidden, num_experts, bias=False, **where) if noisy else None
+        if self.noise_gate is not None:
+            nn.init.zeros_(self.noise_gate.weight)
         bias_made = torch.zeros(num_experts, dtype=torch.float32, device=device) if selection_bias else None
         self.register_buffer("selection_bias", bias_made)
         self.shared, self.shared_gate = _shared(hidden, shared_ffn, shared_gated, activation, bias, where)
 
-    def forward(self, x: Tensor) -> MoEOutput:
-        """x [..., hidden]; for capacity per sequence [..., sequence, hidden]. No tokens: an empty output, losses of 0."""
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> MoEOutput:
+        """x [..., hidden]; for capacity per sequence [..., sequence, hidden]. No tokens: an empty output, losses of 0.
+
+        token_mask: x's shape without hidden, bool; False: padding, which takes no place, counts in no loss and gets zero
+          from the routed experts
+        """
         per_sequence = self.capacity.per_sequence and not self.capacity.dropless
         check.shaped(_NAME, "x", x, "[..., sequence, hidden]" if per_sequence else "[..., hidden]", self.hidden)
+        if token_mask is not None and token_mask.shape != x.shape[:-1]:
+            raise ValueError(
+                f"{_NAME}: token_mask has shape {list(token_mask.shape)}, expected {list(x.shape[:-1])} (x without hidden)"
+            )
         tokens = x.reshape(-1, self.hidden)
-        logits = self.gate(tokens)
+        mask = None if token_mask is None else token_mask.flatten()
+        seen = routers.jitter(tokens, self.jitter) if self.jitter > 0 and self.training else tokens
+        logits = self.gate(seen)
+        if self.jitter_experts:
+            tokens = seen
         if logits.shape[-1] != self.num_experts:
             raise ValueError(
                 f"{_NAME}: the gate's output has shape {list(logits.shape)}, expected [tokens, {self.num_experts}] "
                 "(num_experts)"
             )
-        routing = ops.route(logits, self.top_k, **self.router, selection_bias=self.selection_bias)
-        aux_loss = self._aux_loss(routing, logits)
+        if self.noise_gate is not None and self.training:
+            logits = routers.noisy_logits(logits, self.noise_gate(seen)).logits
+        routing = ops.route(
+            logits, self.top_k, **self.router, selection_bias=self.selection_bias, token_mask=mask
+        )
+        aux_loss = self._aux_loss(routing, logits, mask)
         routing, dropped = self._limit(routing, x.shape[-2] if per_sequence else tokens.shape[0])
         plan = ops.plan(routing.topk_ids, self.num_experts)
         y = self.experts(tokens, routing.topk_weights, plan)
@@ -163,13 +190,13 @@ class MoE(nn.Module):
             y = ops.add_shared(y, self.shared(tokens), None if self.shared_gate is None else self.shared_gate(tokens))
         return MoEOutput(y.reshape(x.shape), aux_loss, routing, plan, dropped)
 
-    def _aux_loss(self, routing: ops.Routing, logits: Tensor) -> Tensor:
+    def _aux_loss(self, routing: ops.Routing, logits: Tensor, token_mask: Tensor | None) -> Tensor:
         loss = routing.scores.new_zeros(())
         if self.balance_coefficient > 0:
-            balance = ops.balance_loss(routing.scores, routing.topk_ids, self.load_count)
+            balance = losses.balance_loss(routing.scores, routing.topk_ids, self.load_count, token_mask=token_mask)
             loss = loss + self.balance_coefficient * balance
         if self.z_coefficient > 0:
-            loss = loss + self.z_coefficient * ops.z_loss(logits)
+            loss = loss + self.z_coefficient * losses.z_loss(logits, token_mask=token_mask)
         return loss
 
     def _limit(self, routing: ops.Routing, group_size: int) -> tuple[ops.Routing, Tensor]:
