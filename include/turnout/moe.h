@@ -117,7 +117,8 @@ struct MoEOutput {
 };
 
 /// gate → route → losses → capacity → plan → experts, + shared experts. Parameters: gate.*, experts.*, shared.*,
-/// shared_gate.weight [1, hidden]. Buffer: selection_bias [experts] float32, zeros at first.
+/// shared_gate.weight [1, hidden]. Buffer: selection_bias [experts] float32, zeros at first. A gate whose parameters are
+/// of another type than x computes in theirs.
 class MoEImpl : public torch::nn::Module {
  public:
   /// A gate without bias (options.gate_bias) and a bank of feed-forward experts.

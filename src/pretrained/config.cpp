@@ -107,7 +107,7 @@ Activation activation_of(const Fields& fields, const Family& family) {
   if (family.name == "gpt_oss") {  // its gate is part of the family; hidden_act is not read
     for (const auto& [name, value] : {std::pair{"swiglu_alpha", 1.702}, {"swiglu_limit", 7.0}})
       if (fields.number_or(name, value) != value) fields.refuse(name, std::to_string(value));
-    return Activation::swiglu_clamped;
+    return parse_activation("swiglu_clamped");
   }
   const bool gated = !family.per_expert.gate.empty();
   if (gated && (word == "silu" || word == "swish")) return Activation::swiglu;

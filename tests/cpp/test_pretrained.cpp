@@ -74,7 +74,7 @@ TEST_F(Pretrained, OptionsFollowTheConfig) {
   EXPECT_EQ(v3.router.score, ScoreFunction::sigmoid);
   const auto oss = read("gpt_oss").options;
   EXPECT_TRUE(oss.bias && oss.gate_bias);
-  EXPECT_EQ(oss.activation, Activation::swiglu_clamped);
+  EXPECT_EQ(to_string(oss.activation), "swiglu_clamped");
   const auto t5 = read("switch_transformers").options;
   EXPECT_EQ(std::tuple(t5.top_k, t5.capacity.fixed, t5.capacity.per_sequence), std::tuple(1, 2, true));
   EXPECT_EQ(t5.activation, Activation::relu);
