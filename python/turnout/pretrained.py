@@ -10,8 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .nn import MoE
-from .nn.moe import CapacityOptions
+from .nn import CapacityOptions, MoE
 
 _ops = torch.ops.turnout
 
@@ -35,6 +34,8 @@ def pretrained_moe(folder: str | os.PathLike[str]) -> PretrainedMoE:
     description = json.loads(_ops.pretrained_moe(os.fspath(folder)))
     options = description["options"]
     options["capacity"] = CapacityOptions(**options["capacity"])
+    shared = options.pop("shared")
+    options |= {"shared_ffn": shared["ffn"], "shared_gated": shared["gated"]}
     return PretrainedMoE(description["family"], description["layers"], options)
 
 

@@ -96,10 +96,8 @@ MoEOutput MoEImpl::forward(const at::Tensor& x) {
   }
   out.plan = plan(routing.topk_ids, options.num_experts);
   auto y_TD = experts->forward(x_TD, routing.topk_weights, out.plan);
-  if (shared) {
-    const auto shared_TD = shared->forward(x_TD);
-    y_TD = y_TD + (shared_gate ? shared_gate->forward(x_TD).sigmoid() * shared_TD : shared_TD);
-  }
+  if (shared)
+    y_TD = add_shared(y_TD, shared->forward(x_TD), shared_gate ? shared_gate->forward(x_TD) : at::Tensor());
   out.output = y_TD.reshape(x.sizes());
   out.routing = std::move(routing);
   return out;

@@ -53,6 +53,7 @@ CASES = {
     "dispatch_tensors": lambda: (IDS, leaf(4, 2), 3, 2, 2),
     "dispatch": lambda: (leaf(4, 3), *PLAN[1:]),
     "combine": lambda: (leaf(8, 3), leaf(4, 2), *PLAN[1:]),
+    "add_shared": lambda: (leaf(4, 3), leaf(4, 3), leaf(4, 1)),
     "experts": lambda: experts_arguments("bank"),
     "experts of lists": lambda: experts_arguments("list"),
     "experts_forward": lambda: (*without_gradients(experts_arguments("bank")), True),
@@ -101,5 +102,6 @@ def test_no_op_is_left_out() -> None:
     }
     tested = {case.split()[0] for case in CASES} | {"experts_backward"}
     assert declared - tested == {
-        "expert_capacity", "kernel_choices", "packed_layout", "release_scratch", "router_preset", "router_preset_names"
-    }  # words and numbers out
+        "expert_capacity", "kernel_choices", "packed_layout", "release_scratch", "router_preset", "router_preset_names",
+        "convert_checkpoint", "load_moe_layer", "pretrained_moe", "published_tensors",
+    }  # words and numbers out, or files
