@@ -156,6 +156,16 @@ TEST_F(Pretrained, LayoutsThatAFamilyLacksAndForeignModulesAreRefused) {
   EXPECT_EQ(parse_key_layout("fused"), KeyLayout::fused);
 }
 
+TEST_F(Pretrained, BanksThatAreNoBanksAreRefused) {
+  const FeedForwardOptions options{4, 3, Activation::swiglu, false};
+  const auto up = at::zeros({2, 6, 4}), down = at::zeros({2, 4, 3});
+  EXPECT_EQ(FeedForwardBank(options, ExpertWeights{{up}, {down}})->up.data_ptr(), up.data_ptr());
+  EXPECT_SAYS(FeedForwardBank(options, ExpertWeights{{up[0], up[1]}, {down}}), "up holds 2 tensors, expected one bank");
+  EXPECT_SAYS(FeedForwardBank(options, ExpertWeights{{}, {}}), "down holds 0 tensors, expected one bank");
+  EXPECT_SAYS(FeedForwardBank(options, ExpertWeights{{down}, {down}}), "up has shape [2, 4, 3], expected [2, 6, 4]");
+  EXPECT_SAYS(FeedForwardBank(options, ExpertWeights{{up}, {down}, {at::zeros({2, 6})}, {}}), "biases are given");
+}
+
 TEST_F(Pretrained, ConfigsThatCannotBeServedSayWhy) {
   const auto says = [&](const std::string& family, const std::string& more, const std::string& words) {
     const std::string base = published_configs().at(family);

@@ -111,11 +111,37 @@ def test_converted_checkpoints_are_those_that_transformers_writes(family, tmp_pa
         assert set(got) == set(expected)
         for name, tensor in expected.items():
             assert got[name].dtype == tensor.dtype and torch.equal(got[name], tensor), name
-        loaded = type(model).from_pretrained(there)
-        loaded.set_experts_implementation("eager")
-        ids = torch.arange(2, 12)[None]
-        with torch.no_grad():
-            assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
+        _, report = type(model).from_pretrained(there, output_loading_info=True)
+        assert not any(report.values()), report
+
+
+def test_shards_are_read_and_converted_as_one_file_is(tmp_path: Path) -> None:
+    model = make_model("qwen2_moe")
+    save(model, tmp_path / "whole", "per_expert")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
+    whole = turnout.load_moe_layer(tmp_path / "whole", 1)
+    assert_same(turnout.load_moe_layer(tmp_path / "shards", 1), whole)
+    turnout.convert_checkpoint(tmp_path / "shards", tmp_path / "fused", "fused")
+    assert_same(turnout.load_moe_layer(tmp_path / "fused", 1), whole)
+    (tmp_path / "fused" / "model-00003-of-00003.safetensors").unlink()  # what is outside of the layers
+    assert_same(turnout.load_moe_layer(tmp_path / "fused", 1), whole)
+
+
+def test_loaded_layers_train_and_are_saved_again(tmp_path: Path) -> None:
+    save(make_model("olmoe"), tmp_path, "fused")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    moe = turnout.load_moe_layer(tmp_path, 0)
+    x = torch.randn(9, HIDDEN)
+    optimizer = torch.optim.SGD(moe.parameters(), lr=0.1)
+    moe(x).output.square().sum().backward()
+    optimizer.step()  # into mapped pages
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors |= turnout.published_tensors(moe, tmp_path, 0, "fused")
+    (tmp_path / "model.safetensors").unlink()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert_same(turnout.load_moe_layer(tmp_path, 0), moe)
 
 
 def change_config(folder: Path, **fields: Any) -> None:
