@@ -42,13 +42,13 @@ def pretrained_moe(folder: str | os.PathLike[str]) -> PretrainedMoE:
 def load_moe_layer(folder: str | os.PathLike[str], layer: int, dtype: torch.dtype | None = None) -> MoE:
     """Loads one MoE layer of a published model, ready to run.
 
-    folder: with config.json and model.safetensors or an index of shards; either layout of keys; MXFP4 and float8 blocks are
-      decoded. Banks that lie in the file as MoE holds them are mapped, not read
+    folder: with config.json and model.safetensors or an index of shards; either layout of keys; MXFP4 and float8 blocks
+      are decoded. Banks that lie in the file as MoE holds them are mapped, not read
     layer: one of pretrained_moe(folder).layers
     dtype: of the parameters; by default that of the file, bfloat16 where it is decoded
 
-    Raises RuntimeError whose message lists every tensor that is missing, unused or of a wrong shape or type; ValueError for
-    a layer without experts.
+    Raises RuntimeError whose message lists every tensor that is missing, unused or of a wrong shape or type; ValueError
+    for a layer without experts.
     """
     names, tensors = _ops.load_moe_layer(os.fspath(folder), layer, dtype)
     moe = MoE(**pretrained_moe(folder).options, device="meta")
@@ -61,8 +61,8 @@ def published_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of a layer under the names that files of its family have for them, detached.
 
-    folder: its config.json says which model it is. Raises ValueError for a layer without experts, a layout that the family
-    does not have, or a module that is no layer of it.
+    folder: its config.json says which model it is. Raises ValueError for a layer without experts, a layout that the
+    family does not have, or a module that is no layer of it.
     """
     state = {name: tensor.detach() for name, tensor in moe.state_dict().items()}
     made = _ops.published_tensors(os.fspath(folder), layer, layout, list(state), list(state.values()))
@@ -72,7 +72,7 @@ def published_tensors(
 def convert_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike[str], layout: KeyLayout) -> None:
     """Writes a whole checkpoint anew with its experts in another layout; all other tensors stay as they are.
 
-    What is quantised is decoded to bfloat16. Written are config.json, a shard for each MoE layer, one for all the rest, and
-    the index; other files are not copied. Memory: that of one layer. Raises RuntimeError or ValueError.
+    What is quantised is decoded to bfloat16. Written are config.json, a shard for each MoE layer, one for all the rest,
+    and the index; other files are not copied. Memory: that of one layer. Raises RuntimeError or ValueError.
     """
     _ops.convert_checkpoint(os.fspath(source), os.fspath(target), layout)

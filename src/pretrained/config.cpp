@@ -17,7 +17,7 @@ using Json = nlohmann::json;  // sorted, as transformers writes the file; the or
 
 constexpr int64_t kLongestConfig = 1 << 20;
 constexpr int kDeepest = 32;
-constexpr int64_t kMostWide = 1 << 24;   // rows or columns of a matrix
+constexpr int64_t kMostWide = 1 << 24;     // rows or columns of a matrix
 constexpr int64_t kMostCounted = 1 << 16;  // experts or layers
 
 // Fields of config.json, each asked for by its kind; null counts as absent.
@@ -147,10 +147,12 @@ void set_sizes(const Fields& fields, const Family& family, MoEOptions& options) 
   options.num_experts = fields.first_whole(family.experts, kMostCounted);
   options.top_k = family.sequence_capacity ? 1 : fields.whole("num_experts_per_tok", kMostCounted);
   options.bias = family.bias;
-  options.gate_bias = family.gate_bias == "true" || (!family.gate_bias.empty() && fields.truth_or(family.gate_bias, false));
+  const std::string& biased = family.gate_bias;
+  options.gate_bias = biased == "true" || (!biased.empty() && fields.truth_or(biased, false));
   options.selection_bias = !family.selection_bias.empty();
   if (!family.shared_ffn.empty()) options.shared.ffn = fields.whole_or(family.shared_ffn, 0, kMostWide, 0);
-  if (!family.shared_count.empty()) options.shared.ffn = options.ffn * fields.whole_or(family.shared_count, 0, kMostCounted, 0);
+  if (!family.shared_count.empty())
+    options.shared.ffn = options.ffn * fields.whole_or(family.shared_count, 0, kMostCounted, 0);
   options.shared.gated = options.shared.ffn > 0 && !family.shared_gate.empty();
 }
 
@@ -170,7 +172,8 @@ std::vector<int64_t> t5_layers(const Fields& fields, int64_t encoder_layers) {
 
 std::vector<int64_t> moe_layers(const Fields& fields, SparseRule rule, int64_t count) {
   if (rule == SparseRule::t5) return t5_layers(fields, count);
-  const int64_t dense = rule == SparseRule::after_dense ? fields.whole_or("first_k_dense_replace", 0, kMostCounted, 0) : 0;
+  const int64_t dense =
+      rule == SparseRule::after_dense ? fields.whole_or("first_k_dense_replace", 0, kMostCounted, 0) : 0;
   const int64_t step = rule == SparseRule::steps ? fields.whole_or("decoder_sparse_step", 1, kMostCounted) : 1;
   std::set<int64_t> without;
   if (rule == SparseRule::steps)
@@ -224,7 +227,8 @@ Config read_config(const std::string& folder) {
   } catch (const c10::Error& error) {
     fields.fail(error.what_without_backtrace());
   }
-  const int64_t count = fields.whole(config.family->sparse == SparseRule::t5 ? "num_layers" : "num_hidden_layers", kMostCounted);
+  const int64_t count =
+      fields.whole(config.family->sparse == SparseRule::t5 ? "num_layers" : "num_hidden_layers", kMostCounted);
   config.encoder_layers = count;
   config.moe.layers = moe_layers(fields, config.family->sparse, count);
   read_quantization(fields, config);

@@ -12,8 +12,8 @@ namespace turnout::pretrained {
 struct Config {
   const Family* family = nullptr;
   PretrainedMoE moe;
-  int64_t encoder_layers = 0;                   ///< Switch: layers from here on stand in the decoder
-  std::array<int64_t, 2> fp8_block{128, 128};   ///< quantization_config.weight_block_size
+  int64_t encoder_layers = 0;                  ///< Switch: layers from here on stand in the decoder
+  std::array<int64_t, 2> fp8_block{128, 128};  ///< quantization_config.weight_block_size
 };
 
 /// @throws FileError naming the file, the field, what it is and what was expected

@@ -2,8 +2,6 @@
 // the names in published checkpoints.
 #include "pretrained/family.h"
 
-#include <c10/util/Exception.h>
-
 namespace turnout::pretrained {
 namespace {
 
@@ -74,15 +72,6 @@ std::vector<Family> table() {
 const std::vector<Family>& families() {
   static const std::vector<Family> all = table();
   return all;
-}
-
-const Family& find_family(const std::string& name) {
-  std::string known;
-  for (const Family& family : families()) {
-    if (family.name == name) return family;
-    known.append(known.empty() ? "" : ", ").append(family.name);
-  }
-  TORCH_CHECK_VALUE(false, "turnout: the family is '", name, "', expected one of ", known);
 }
 
 std::string with_number(const std::string& pattern, int64_t number) {

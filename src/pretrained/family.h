@@ -9,10 +9,10 @@ namespace turnout::pretrained {
 
 /// Which layers hold experts.
 enum class SparseRule {
-  all,         ///< every one (Mixtral, OLMoE, GPT-OSS)
-  steps,       ///< each decoder_sparse_step-th that mlp_only_layers does not name (Qwen)
-  after_dense, ///< from first_k_dense_replace on (DeepSeek); multi-token prediction layers stand behind the last and do not count
-  t5,          ///< num_sparse_encoder_layers and num_sparse_decoder_layers, encoder first (Switch)
+  all,          ///< every one (Mixtral, OLMoE, GPT-OSS)
+  steps,        ///< each decoder_sparse_step-th that mlp_only_layers does not name (Qwen)
+  after_dense,  ///< from first_k_dense_replace on (DeepSeek), but not those for multi-token prediction behind the last
+  t5,           ///< num_sparse_encoder_layers and num_sparse_decoder_layers, encoder first (Switch)
 };
 
 /// What of the router config.json sets, beside the number of experts and of choices.
@@ -52,7 +52,7 @@ struct Family {
   // keys, after the root of the layer
   std::vector<std::string> roots{"model.layers.{l}.mlp."};  ///< that of per-expert files first, that of banks last
   std::string gate{"gate"};                                 ///< GATE.weight, GATE.bias
-  bool float32_gate = false;                                ///< logits are computed in float32 whatever the model's type
+  bool float32_gate = false;  ///< logits are computed in float32 whatever the model's type
   std::string selection_bias{};
   std::string shared{};       ///< SHARED.gate_proj.weight, …
   std::string shared_gate{};  ///< σ of it multiplies the shared expert
@@ -62,9 +62,6 @@ struct Family {
 
 /// All of them.
 const std::vector<Family>& families();
-
-/// @throws c10::ValueError naming all families when it is none of them
-const Family& find_family(const std::string& name);
 
 /// `pattern` with a number in place of its {…}.
 std::string with_number(const std::string& pattern, int64_t number);

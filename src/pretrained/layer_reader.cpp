@@ -32,7 +32,12 @@ struct Weight {
   std::array<int64_t, 2> block;
 
   at::ScalarType type() const { return scale.defined() ? at::kBFloat16 : values.scalar_type(); }
-  at::Tensor decoded() const { return scale.defined() ? decode_fp8_blocks(values, scale, block) : values; }
+  /// In float32 where such numbers are asked for: rounding to bfloat16 would lose some.
+  at::Tensor decoded(std::optional<at::ScalarType> asked) const {
+    if (!scale.defined()) return values;
+    return decode_fp8_blocks(values, scale, block,
+                             asked == at::kFloat || asked == at::kDouble ? at::kFloat : at::kBFloat16);
+  }
 };
 
 // Takes tensors by name and shape, and remembers everything that was wrong until the end.
@@ -108,17 +113,17 @@ class LayerReader {
 
   Tensors read(const std::string& source) {
     read_gate();
-    const bool fused = !family_.fused.up.empty() &&
-                       (take_.has(family_.fused.up) || take_.has(family_.fused.up + "_blocks") || family_.per_expert.down.empty());
-    if (!fused)
-      read_experts();
-    else if (take_.has(family_.fused.up + "_blocks"))
+    const std::string& bank = family_.fused.up;
+    if (!bank.empty() && take_.has(bank + "_blocks"))
       read_mxfp4_banks();
-    else
+    else if (!bank.empty() && (take_.has(bank) || family_.per_expert.down.empty()))
       read_banks();
+    else
+      read_experts();
     if (options_.shared.ffn > 0) read_shared();
     take_.finish(source);
-    for (const char* name : {"experts.up", "experts.down", "experts.up_bias", "experts.down_bias", "shared.up", "shared.down"})
+    for (const char* name :
+         {"experts.up", "experts.down", "experts.up_bias", "experts.down_bias", "shared.up", "shared.down"})
       if (const auto found = module_.find(name); found != module_.end()) found->second = found->second.to(*type_);
     return std::move(module_);
   }
@@ -132,7 +137,7 @@ class LayerReader {
 
   void put(const char* name, const at::Tensor& tensor) { module_[name] = tensor; }
   void put(const char* name, const Weight& weight) {
-    if (take_.sound()) module_[name] = weight.decoded();
+    if (take_.sound()) module_[name] = weight.decoded(type_);
   }
   void set_type(const Weight& weight) {
     if (!type_ && take_.sound()) type_ = weight.type();
@@ -158,8 +163,8 @@ class LayerReader {
   }
   void copy_up(const Matrices& from, const at::Tensor& to) const {
     const int64_t ffn = from.up.values.size(0);
-    if (gated()) to.narrow(0, 0, ffn).copy_(from.gate.decoded());
-    to.narrow(0, gated() ? ffn : 0, ffn).copy_(from.up.decoded());
+    if (gated()) to.narrow(0, 0, ffn).copy_(from.gate.decoded(type_));
+    to.narrow(0, gated() ? ffn : 0, ffn).copy_(from.up.decoded(type_));
   }
 
   void read_experts() {
@@ -174,7 +179,7 @@ class LayerReader {
     const at::Tensor down = make({E(), D(), F()});
     for (int64_t e = 0; e < E(); ++e) {
       copy_up(experts[e], up[e]);
-      down[e].copy_(experts[e].down.decoded());
+      down[e].copy_(experts[e].down.decoded(type_));
     }
     put("experts.up", up);
     put("experts.down", down);

@@ -66,8 +66,9 @@ TEST_F(Pretrained, OptionsFollowTheConfig) {
   EXPECT_EQ(v2.shared.ffn, 64);
   EXPECT_FALSE(v2.shared.gated);
   EXPECT_EQ(std::tuple(v2.router.groups, v2.router.kept_groups, v2.router.scale), std::tuple(2, 1, 2.5));
-  const auto greedy = testing::published_configs().at("deepseek_v2");
-  write_file(path("config.json"), "{\"topk_method\":\"greedy\"," + std::string(greedy).replace(greedy.find("\"topk_method"), 13, "\"was\""));
+  std::string greedy = published_configs().at("deepseek_v2");
+  greedy.replace(greedy.find("group_limited_greedy"), 20, "greedy");
+  write_file(path("config.json"), "{" + greedy);
   EXPECT_EQ(pretrained_moe(folder).options.router.groups, 1);
   const auto v3 = read("deepseek_v3").options;
   EXPECT_TRUE(v3.selection_bias);
@@ -83,10 +84,11 @@ TEST_F(Pretrained, OptionsFollowTheConfig) {
 TEST_F(Pretrained, LayersThatHoldExperts) {
   using Layers = std::vector<int64_t>;
   EXPECT_EQ(read("mixtral").layers, (Layers{0, 1, 2, 3}));
-  EXPECT_EQ(read("qwen2_moe").layers, (Layers{3}));  // every second one, but not layer 1
+  EXPECT_EQ(read("qwen2_moe").layers, (Layers{3}));          // every second one, but not layer 1
   EXPECT_EQ(read("deepseek_v3").layers, (Layers{1, 2, 3}));  // layer 4 predicts several tokens
   EXPECT_EQ(read("switch_transformers").layers, (Layers{1, 3, 5}));
-  EXPECT_SAYS(load_moe_layer(folder, 2), "layer 2 of this switch_transformers holds no experts, expected one of 1, 3, 5");
+  EXPECT_SAYS(load_moe_layer(folder, 2),
+              "layer 2 of this switch_transformers holds no experts, expected one of 1, 3, 5");
 }
 
 TEST_F(Pretrained, OneErrorListsEverythingThatDoesNotFit) {
@@ -104,7 +106,8 @@ TEST_F(Pretrained, OneErrorListsEverythingThatDoesNotFit) {
     EXPECT_NE(message.find(words), std::string::npos) << words << "\n" << message;
   EXPECT_EQ(message.find(folder + ": model.layers.3.mlp.: does not fit the qwen2_moe"), 0u) << message;
   save_tensors(path("model.safetensors"), {{{"other", at::zeros(1)}}, {}});
-  EXPECT_SAYS(load_moe_layer(folder, 3), "holds no tensor whose name starts with 'model.layers.3.mlp.' or 'layers.3.mlp.'");
+  EXPECT_SAYS(load_moe_layer(folder, 3),
+              "holds no tensor whose name starts with 'model.layers.3.mlp.' or 'layers.3.mlp.'");
 }
 
 TEST_F(Pretrained, BanksThatLieAsTheyAreUsedAreMappedNotRead) {
@@ -141,7 +144,8 @@ TEST_F(Pretrained, ModelsSavedWithoutTheirHeadAreFound) {
   read("olmoe");
   MoE moe = random_layer(folder);
   std::map<std::string, at::Tensor> bare;
-  for (const auto& [name, tensor] : published_tensors(moe, folder, 2, KeyLayout::per_expert)) bare[name.substr(6)] = tensor;
+  for (const auto& [name, tensor] : published_tensors(moe, folder, 2, KeyLayout::per_expert))
+    bare[name.substr(6)] = tensor;
   save_tensors(path("model.safetensors"), {bare, {}});
   expect_same(module_tensors(*load_moe_layer(folder, 2)), module_tensors(*moe));
 }
@@ -149,7 +153,8 @@ TEST_F(Pretrained, ModelsSavedWithoutTheirHeadAreFound) {
 TEST_F(Pretrained, LayoutsThatAFamilyLacksAndForeignModulesAreRefused) {
   read("gpt_oss");
   MoE moe = random_layer(folder);
-  EXPECT_SAYS(published_tensors(moe, folder, 0, KeyLayout::per_expert), "layout is 'per_expert', which files of gpt_oss do not");
+  EXPECT_SAYS(published_tensors(moe, folder, 0, KeyLayout::per_expert),
+              "layout is 'per_expert', which files of gpt_oss do not");
   read("mixtral");
   EXPECT_SAYS(published_tensors(moe, folder, 0, KeyLayout::fused), "experts.up_bias has no place");
   EXPECT_SAYS(parse_key_layout("new"), "expected one of per_expert, fused");

@@ -162,7 +162,8 @@ int fuzz(uint64_t cases, uint64_t first) {
     Random random(seed);
     const std::string problem = run_case(folder, models[below(random, models.size())], random);
     if (!problem.empty()) {
-      std::printf("case %llu: %s; its files lie in %s\n", static_cast<unsigned long long>(seed), problem.c_str(), folder.c_str());
+      std::printf("case %llu: %s; its files lie in %s\n", static_cast<unsigned long long>(seed), problem.c_str(),
+                  folder.c_str());
       status = 1;
     } else if ((seed - first + 1) % 1000 == 0) {
       std::printf("%llu cases\n", static_cast<unsigned long long>(seed - first + 1));

@@ -9,11 +9,13 @@
 namespace turnout::fuzz {
 namespace {
 
+// clang-format off
 const std::array<std::string, 36> kWords{
     "0", "1", "2", "3", "4", "8", "32", "-1", "1.5", "1e9", "1e400", "255", "4294967296", "2147483647",
     "9223372036854775807", "9223372036854775808", "18446744073709551615", "99999999999999999999999", "null", "true",
     "false", "[]", "{}", "[0,0]", "[[]]", "\"\"", "\"F32\"", "\"F8_E4M3\"", "\"BOOL\"", "\"U8\"", "\"../x\"",
     "\"model.safetensors\"", "\"\\u0000\"", "\"__metadata__\"", "\"greedy\"", "\"gelu\""};
+// clang-format on
 
 bool is_word(char letter) { return std::isalnum(static_cast<unsigned char>(letter)) || strchr("_.-+\"", letter); }
 
@@ -36,12 +38,23 @@ std::string mutate_bytes(std::string bytes, Random& random) {
   const size_t place = below(random, bytes.size());
   const size_t length = std::min(bytes.size() - place, 1 + below(random, below(random, 4) ? 4 : 200));
   switch (below(random, 6)) {
-    case 0: if (!bytes.empty()) bytes[place] = static_cast<char>(bytes[place] ^ (1 << below(random, 8))); break;
-    case 1: bytes.insert(place, std::string(length, static_cast<char>(random()))); break;
-    case 2: bytes.erase(place, length); break;
-    case 3: bytes.insert(below(random, bytes.size()), bytes.substr(place, length)); break;
-    case 4: bytes.resize(place); break;
-    default: if (!bytes.empty()) bytes[place] = static_cast<char>(random());
+    case 0:
+      if (!bytes.empty()) bytes[place] = static_cast<char>(bytes[place] ^ (1 << below(random, 8)));
+      break;
+    case 1:
+      bytes.insert(place, std::string(length, static_cast<char>(random())));
+      break;
+    case 2:
+      bytes.erase(place, length);
+      break;
+    case 3:
+      bytes.insert(below(random, bytes.size()), bytes.substr(place, length));
+      break;
+    case 4:
+      bytes.resize(place);
+      break;
+    default:
+      if (!bytes.empty()) bytes[place] = static_cast<char>(random());
   }
   return bytes;
 }
@@ -51,15 +64,22 @@ std::string mutate_json(std::string text, Random& random) {
   for (size_t i = 0; i < times; ++i) {
     const auto [begin, length] = find_word(text, random);
     switch (below(random, 8)) {
-      case 0: text = mutate_bytes(std::move(text), random); break;
+      case 0:
+        text = mutate_bytes(std::move(text), random);
+        break;
       case 1: {
         const auto [other, other_length] = find_word(text, random);
         text.replace(begin, length, std::string(text, other, other_length));
         break;
       }
-      case 2: text.insert(begin, std::string(1 + below(random, 200), "[{\""[below(random, 3)])); break;
-      case 3: text.erase(begin, length); break;
-      default: text.replace(begin, length, kWords[below(random, kWords.size())]);
+      case 2:
+        text.insert(begin, std::string(1 + below(random, 200), "[{\""[below(random, 3)]));
+        break;
+      case 3:
+        text.erase(begin, length);
+        break;
+      default:
+        text.replace(begin, length, kWords[below(random, kWords.size())]);
     }
   }
   return text;

@@ -180,6 +180,10 @@ def test_float8_files_are_decoded(tmp_path: Path) -> None:
         name = f"model.layers.2.mlp.{name}_proj.weight"
         return turnout.decode_fp8_blocks(stored[name], stored[name + "_scale_inv"], (16, 16))
 
+    in_float32 = turnout.load_moe_layer(tmp_path, 2, torch.float32)
+    assert torch.equal(in_float32.shared.down.to(torch.bfloat16), decoded("shared_experts.down"))
+    assert not torch.equal(in_float32.shared.down, decoded("shared_experts.down").float())  # not rounded on the way
+
     for e in range(EXPERTS):
         up = torch.cat([decoded(f"experts.{e}.gate"), decoded(f"experts.{e}.up")])
         assert torch.equal(moe.experts.up[e], up)
