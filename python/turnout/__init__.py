@@ -51,6 +51,13 @@ from .ops import (  # noqa: E402
     topk,
 )
 from .parallel import expert_bounds, expert_parallel  # noqa: E402
+from .pretrained import (  # noqa: E402
+    PretrainedMoE,
+    convert_checkpoint,
+    load_moe_layer,
+    pretrained_moe,
+    published_tensors,
+)
 from .quantized import decode_fp8_blocks, decode_mxfp4  # noqa: E402
 from .routers import (  # noqa: E402
     ExpertChoice,
@@ -81,6 +88,7 @@ __all__ = [
     "MoEOutput",
     "NoisyLogits",
     "PackedExperts",
+    "PretrainedMoE",
     "RouterOptions",
     "Routing",
     "RoutingStatistics",
@@ -91,6 +99,7 @@ __all__ = [
     "balance_sums",
     "combine",
     "compat",
+    "convert_checkpoint",
     "cv_squared",
     "decode_fp8_blocks",
     "decode_mxfp4",
@@ -107,12 +116,15 @@ __all__ = [
     "jitter",
     "kernel_choices",
     "limit_capacity",
+    "load_moe_layer",
     "nested_ids",
     "nn",
     "noisy_load",
     "noisy_logits",
     "plan",
     "prepack",
+    "pretrained_moe",
+    "published_tensors",
     "queue_positions",
     "release_scratch",
     "route",

@@ -35,6 +35,12 @@ void check_options(const MoEOptions& options) {
   expert_capacity(options.capacity, 0, options.top_k, options.num_experts);  // throws for impossible options
 }
 
+// A gate kept in another type than x computes in its own: those of DeepSeek and Switch stay in float32.
+at::Tensor as_gate(const torch::nn::Module& gate, const at::Tensor& x) {
+  const auto parameters = gate.parameters();
+  return parameters.empty() || !parameters[0].is_floating_point() ? x : x.to(parameters[0].scalar_type());
+}
+
 }  // namespace
 
 MoEImpl::MoEImpl(MoEOptions given) : options(given) {
@@ -86,7 +92,7 @@ Capped MoEImpl::limit(const Routing& routing, const at::Tensor& x) const {
 }
 
 at::Tensor MoEImpl::logits_of(const at::Tensor& x_TD) {
-  auto logits_TE = gate.forward<at::Tensor>(x_TD);
+  auto logits_TE = gate.forward<at::Tensor>(as_gate(*gate.ptr(), x_TD));
   ops::check_size(kName, "the gate's output", logits_TE, -1, options.num_experts, "num_experts");
   if (!options.noisy || !is_training()) return logits_TE;
   return noisy_logits(logits_TE, noise_gate->forward(x_TD)).logits;
