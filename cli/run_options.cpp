@@ -59,7 +59,7 @@ void RunArguments::add_model_options() {
       "--context", [](RunOptions & o) -> auto& { return o.model.context; }, "Bytes that attention reaches back");
   word(
       "--activation", [](RunOptions & o) -> auto& { return o.model.activation; }, parse_activation,
-      "relu, gelu, gelu_tanh, silu, swiglu, geglu");
+      "relu, gelu, gelu_tanh, silu, swiglu, geglu, swiglu_clamped");
   value(
       "--ffn", [](RunOptions & o) -> auto& { return o.ffn; },
       "Width of dense networks; 0 = as many FLOPs as the active experts and the gate");

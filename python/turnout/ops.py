@@ -348,7 +348,7 @@ def feed_forward(
 ) -> Tensor:
     """The same feed-forward network for every row of x [..., D]: the dense twin of an expert, and shared experts.
 
-    up: [F, D], or [2·F, D] for swiglu and geglu, gate rows first; down: [D, F]; up_bias: rows of up; down_bias: [D]
+    up: [F, D], or [2·F, D] for gated activations, gate rows first; down: [D, F]; up_bias: rows of up; down_bias: [D]
     Gradient: to all tensors, once (double backward is refused).
     """
     return _ops.feed_forward(x, up, down, up_bias, down_bias, activation)

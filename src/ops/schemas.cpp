@@ -58,12 +58,12 @@ TORCH_LIBRARY(turnout, m) {
   // experts
   m.def(
       "experts(Tensor x, Tensor topk_weights, Tensor expert_offsets, Tensor token_of_row, Tensor row_of_choice,"
-      " Tensor[] up, Tensor[] down, Tensor[] up_bias, Tensor[] down_bias, str activation, bool recompute=False)"
-      " -> Tensor");
+      " Tensor[] up, Tensor[] down, Tensor[] up_bias, Tensor[] down_bias, str activation, bool recompute=False,"
+      " bool weight_before_down=False) -> Tensor");
   m.def(
       "experts_forward(Tensor x, Tensor topk_weights, Tensor expert_offsets, Tensor token_of_row,"
       " Tensor row_of_choice, Tensor[] up, Tensor[] down, Tensor[] up_bias, Tensor[] down_bias, str activation,"
-      " bool keep) -> (Tensor y, Tensor preactivations)");
+      " bool keep, bool weight_before_down=False) -> (Tensor y, Tensor preactivations)");
   m.def(
       "experts_backward(Tensor grad, Tensor x, Tensor topk_weights, Tensor expert_offsets, Tensor token_of_row,"
       " Tensor row_of_choice, Tensor[] up, Tensor[] down, Tensor[] up_bias, Tensor[] down_bias, str activation,"
@@ -71,14 +71,14 @@ TORCH_LIBRARY(turnout, m) {
       " -> (Tensor x, Tensor topk_weights, Tensor[] up, Tensor[] down, Tensor[] up_bias, Tensor[] down_bias)");
   m.def(
       "fused_experts(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor[] up, Tensor[] down, Tensor[] up_bias,"
-      " Tensor[] down_bias, str activation, bool recompute=False) -> Tensor");
+      " Tensor[] down_bias, str activation, bool recompute=False, bool weight_before_down=False) -> Tensor");
   m.def(
       "packed_layout(Tensor[] up, Tensor[] down, str activation) -> (str layout, int num_experts, int ffn)");
   m.def("prepack(Tensor[] up, Tensor[] down, str activation) -> Tensor");
   m.def(
       "experts_packed(Tensor x, Tensor topk_weights, Tensor expert_offsets, Tensor token_of_row,"
       " Tensor row_of_choice, Tensor packed, str layout, int ffn, Tensor[] up_bias, Tensor[] down_bias,"
-      " str activation) -> Tensor");
+      " str activation, bool weight_before_down=False) -> Tensor");
   m.def(
       "feed_forward(Tensor x, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, str activation)"
       " -> Tensor");

@@ -55,7 +55,7 @@ CASES = {
     "combine": lambda: (leaf(8, 3), leaf(4, 2), *PLAN[1:]),
     "add_shared": lambda: (leaf(4, 3), leaf(4, 3), leaf(4, 1)),
     "experts": lambda: experts_arguments("bank"),
-    "experts of lists": lambda: experts_arguments("list"),
+    "experts of lists": lambda: (*experts_arguments("list"), False, True),
     "experts_forward": lambda: (*without_gradients(experts_arguments("bank")), True),
     "prepack": lambda: (*without_gradients(expert_lists("list")[:2]), "swiglu"),
     "experts_packed": packed_arguments,
