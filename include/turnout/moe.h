@@ -5,7 +5,7 @@
 #include <turnout/combine.h>
 #include <turnout/experts.h>
 #include <turnout/plan.h>
-#include <turnout/router.h>
+#include <turnout/router_variants.h>
 
 #include <torch/nn/module.h>
 #include <torch/nn/modules/container/any.h>
@@ -98,6 +98,9 @@ struct MoEOptions {
   bool gate_bias = false;
   RouterOptions router{};
   bool selection_bias = false;  ///< choose by score + a bias that no gradient moves (update_selection_bias)
+  double jitter = 0.0;          ///< in training the router's input is x · uniform(1 ± jitter)
+  bool jitter_experts = false;  ///< the experts see that input too (Mixtral in transformers)
+  bool noisy = false;           ///< in training logits + noise · softplus(noise_gate(x)) (Shazeer)
   CapacityOptions capacity{};
   LoadCount load_count = LoadCount::per_assignment;
   double balance_coefficient = 1e-2;  ///< 0: the loss is not computed
@@ -114,7 +117,7 @@ struct MoEOutput {
 };
 
 /// gate → route → losses → capacity → plan → experts, + shared experts. Parameters: gate.*, experts.*, shared.*,
-/// shared_gate.weight [1, hidden]. Buffer: selection_bias [experts] float32, zeros at first.
+/// shared_gate.weight [1, hidden], noise_gate.weight [experts, hidden]. Buffer: selection_bias [experts] float32, zeros at first.
 class MoEImpl : public torch::nn::Module {
  public:
   /// A gate without bias (options.gate_bias) and a bank of feed-forward experts.
@@ -125,17 +128,21 @@ class MoEImpl : public torch::nn::Module {
   MoEImpl(MoEOptions options, torch::nn::AnyModule gate, std::shared_ptr<ExpertsModule> experts);
 
   /// x [..., hidden]; for capacity per sequence [..., sequence, hidden]. No tokens: an empty output, losses of 0.
-  MoEOutput forward(const at::Tensor& x);
+  /// @param token_mask x's shape without hidden, bool, or undefined; false: padding, which takes no place, counts in no
+  ///        loss and gets zero from the routed experts
+  MoEOutput forward(const at::Tensor& x, const at::Tensor& token_mask = {});
 
   const MoEOptions options;
   torch::nn::AnyModule gate;
   std::shared_ptr<ExpertsModule> experts;
   FeedForward shared{nullptr};             ///< none where options.shared.ffn is 0
   torch::nn::Linear shared_gate{nullptr};  ///< hidden → 1 without bias; none where it is not gated
+  torch::nn::Linear noise_gate{nullptr};   ///< hidden → experts without bias, zeros at first; none where not noisy
   at::Tensor selection_bias;               ///< undefined where options.selection_bias is false
 
  private:
   void register_modules();
+  at::Tensor logits_of(const at::Tensor& x_TD);
 };
 TORCH_MODULE(MoE);
 

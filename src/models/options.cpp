@@ -11,8 +11,6 @@ constexpr ops::Names<BlockKind, 3> kKinds{
     {{BlockKind::dense, "dense"}, {BlockKind::moe, "moe"}, {BlockKind::hybrid, "hybrid"}}};
 constexpr ops::Names<LayerPattern, 2> kPatterns{
     {{LayerPattern::every, "every"}, {LayerPattern::alternating, "alternating"}}};
-constexpr ops::Names<CapacityRounding, 2> kRoundings{
-    {{CapacityRounding::ceil, "ceil"}, {CapacityRounding::floor, "floor"}}};
 
 // Far above what anyone trains with this model, far below where products of sizes overflow.
 constexpr int64_t kLargest = 1 << 20;
@@ -28,8 +26,7 @@ void visit_capacity(Fields& f, CapacityOptions& o) {
   f.number("fixed", o.fixed);
   f.number("minimum", o.minimum);
   f.word(
-      "rounding", o.rounding, [](CapacityRounding r) { return ops::name_of(kRoundings, r); },
-      [](const std::string& s) { return ops::parse_name("capacity rounding", kRoundings, s); });
+      "rounding", o.rounding, [](CapacityRounding v) { return to_string(v); }, parse_capacity_rounding);
   f.number("count_choices", o.count_choices);
   f.number("per_sequence", o.per_sequence);
   f.word(
@@ -67,6 +64,9 @@ void visit_moe(Fields& f, MoEOptions& o) {
   f.number("gate_bias", o.gate_bias);
   f.object("router", [&](auto& inner) { visit_router(inner, o.router); });
   f.number("selection_bias", o.selection_bias);
+  f.number("jitter", o.jitter);
+  f.number("jitter_experts", o.jitter_experts);
+  f.number("noisy", o.noisy);
   f.word(
       "load_count", o.load_count, [](LoadCount v) { return to_string(v); }, parse_load_count);
   f.number("balance_coefficient", o.balance_coefficient);
@@ -121,6 +121,8 @@ void check(const LanguageModelOptions& o) {
                     "turnout: shared.gated is set, but there is no shared expert");
   TORCH_CHECK_VALUE(o.moe.top_k >= 1 && o.moe.top_k <= o.moe.num_experts, "turnout: top_k is ", o.moe.top_k,
                     ", expected 1 to the number of experts, ", o.moe.num_experts);
+  TORCH_CHECK_VALUE(o.moe.jitter >= 0.0 && o.moe.jitter < 1.0, "turnout: jitter is ", o.moe.jitter,
+                    ", expected 0 to below 1");
   TORCH_CHECK_VALUE(o.moe.balance_coefficient >= 0.0 && o.moe.balance_coefficient < 1e6,
                     "turnout: balance_coefficient is ", o.moe.balance_coefficient, ", expected 0 or more");
   TORCH_CHECK_VALUE(o.moe.z_coefficient >= 0.0 && o.moe.z_coefficient < 1e6, "turnout: z_coefficient is ",

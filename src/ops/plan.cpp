@@ -19,14 +19,16 @@ constexpr ops::Names<DropOrder, 4> kDropOrders{{{DropOrder::choice, "choice"},
                                                 {DropOrder::score, "score"},
                                                 {DropOrder::random, "random"}}};
 
-constexpr ops::Names<CapacityRounding, 2> kRoundings{
-    {{CapacityRounding::ceil, "ceil"}, {CapacityRounding::floor, "floor"}}};
+constexpr ops::Names<CapacityRounding, 3> kRoundings{{{CapacityRounding::ceil, "ceil"},
+                                                      {CapacityRounding::floor, "floor"},
+                                                      {CapacityRounding::share, "share"}}};
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> limit_capacity_symint(const at::Tensor& topk_ids,
                                                                      const at::Tensor& topk_weights,
                                                                      int64_t num_experts, c10::SymInt capacity,
                                                                      c10::SymInt group_size,
-                                                                     c10::string_view order, bool renormalize) {
+                                                                     c10::string_view order, bool renormalize,
+                                                                     std::optional<at::Tensor> priority) {
   constexpr const char* kOp = "turnout::limit_capacity";
   ops::check_dim(kOp, "topk_ids", topk_ids, 2, "[tokens, top_k]");
   ops::check_floating(kOp, "topk_weights", topk_weights);
@@ -34,9 +36,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> limit_capacity_symint(const at::T
                     topk_weights.sym_sizes(), ", expected ", topk_ids.sym_sizes(), " as topk_ids has");
   ops::check_device(kOp, "topk_weights", topk_weights, "topk_ids", topk_ids);
   TORCH_CHECK_VALUE(capacity >= 1, kOp, ": capacity is ", capacity, ", expected at least 1");
-  std::optional<at::Tensor> priority;
-  if (order == "score") priority = topk_weights.detach();
-  if (order == "random") priority = at::rand_like(topk_weights.detach());
+  if (priority) priority = priority->detach();
+  if (!priority && order == "score") priority = topk_weights.detach();
+  if (!priority && order == "random") priority = at::rand_like(topk_weights.detach());
   const auto positions = ops::call_queue_positions(topk_ids, num_experts, group_size, order, priority);
   const auto kept = positions.ge(0).logical_and(positions.lt(at::Scalar(capacity)));
   auto weights = at::where(kept, topk_weights, at::zeros({}, topk_weights.options()));
@@ -54,7 +56,7 @@ int64_t expert_capacity_op(double factor, int64_t fixed, int64_t minimum, c10::s
   options.factor = factor;
   options.fixed = fixed;
   options.minimum = minimum;
-  options.rounding = ops::parse_name("capacity rounding", kRoundings, std::string(rounding));
+  options.rounding = parse_capacity_rounding(std::string(rounding));
   options.count_choices = count_choices;
   return expert_capacity(options, group_tokens, top_k, num_experts);
 }
@@ -71,6 +73,10 @@ at::Tensor ops::call_queue_positions(const at::Tensor& topk_ids, int64_t num_exp
 }
 
 DropOrder parse_drop_order(const std::string& name) { return ops::parse_name("drop order", kDropOrders, name); }
+CapacityRounding parse_capacity_rounding(const std::string& name) {
+  return ops::parse_name("capacity rounding", kRoundings, name);
+}
+std::string to_string(CapacityRounding rounding) { return ops::name_of(kRoundings, rounding); }
 std::string to_string(DropOrder order) { return ops::name_of(kDropOrders, order); }
 
 at::Tensor DispatchPlan::tokens_per_expert() const { return expert_offsets.diff(); }
@@ -95,11 +101,13 @@ int64_t expert_capacity(const CapacityOptions& options, int64_t group_tokens, in
   ops::check_at_least(kOp, "num_experts", num_experts, 1);
   if (options.fixed > 0) return options.fixed;
   if (options.dropless()) return group_tokens;
-  const double choices = static_cast<double>(group_tokens) * (options.count_choices ? static_cast<double>(top_k) : 1.0);
-  const auto experts = static_cast<double>(num_experts);
+  const auto tokens = static_cast<double>(group_tokens), experts = static_cast<double>(num_experts);
+  const double counted = options.count_choices ? static_cast<double>(top_k) : 1.0;
+  const double choices = tokens * counted;
   // The order of the operations is the sources': it decides where a product falls on a whole number.
-  const double rounded = options.rounding == CapacityRounding::ceil ? std::ceil(choices / experts * options.factor)
-                                                                    : std::floor(choices * options.factor / experts);
+  const double rounded = options.rounding == CapacityRounding::ceil    ? std::ceil(choices / experts * options.factor)
+                         : options.rounding == CapacityRounding::floor ? std::floor(choices * options.factor / experts)
+                                                                       : counted * std::floor(options.factor * std::ceil(tokens / experts));
   const bool all = rounded >= static_cast<double>(group_tokens);  // an expert takes a token once
   return std::max({all ? group_tokens : static_cast<int64_t>(rounded), options.minimum, int64_t{1}});
 }
@@ -111,9 +119,10 @@ at::Tensor queue_positions(const at::Tensor& topk_ids, int64_t num_experts, int6
 }
 
 Capped limit_capacity(const Routing& routing, int64_t num_experts, int64_t capacity, int64_t group_size,
-                      DropOrder order, bool renormalize) {
-  auto [ids, weights, dropped] = limit_capacity_symint(routing.topk_ids, routing.topk_weights, num_experts, capacity,
-                                                       group_size, to_string(order), renormalize);
+                      DropOrder order, bool renormalize, const at::Tensor& priority) {
+  auto [ids, weights, dropped] =
+      limit_capacity_symint(routing.topk_ids, routing.topk_weights, num_experts, capacity, group_size,
+                            to_string(order), renormalize, priority.defined() ? std::optional(priority) : std::nullopt);
   return {{ids, weights, routing.scores}, dropped};
 }
 
