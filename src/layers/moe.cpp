@@ -71,11 +71,14 @@ void MoEImpl::register_modules() {
                                   torch::nn::Linear(torch::nn::LinearOptions(options.hidden, 1).bias(false)));
 }
 
-at::Tensor MoEImpl::logits_of(const at::Tensor& x_TD) {
+at::Tensor MoEImpl::logits_of(const at::Tensor& given_TD) {
+  const auto parameters = gate.ptr()->parameters(/*recurse=*/true);
+  const auto x_TD = parameters.empty() ? given_TD : given_TD.to(parameters[0].scalar_type());
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   auto logits_TE = gate.forward<at::Tensor>(x_TD);
   ops::check_size(kName, "the gate's output", logits_TE, -1, options.num_experts, "num_experts");
   if (!options.noisy || !is_training()) return logits_TE;
-  return noisy_logits(logits_TE, noise_gate->forward(x_TD)).logits;
+  return noisy_logits(logits_TE, noise_gate->forward(x_TD.to(noise_gate->weight.scalar_type()))).logits;
 }
 
 MoEOutput MoEImpl::forward(const at::Tensor& x, const at::Tensor& token_mask) {
@@ -102,15 +105,10 @@ MoEOutput MoEImpl::forward(const at::Tensor& x, const at::Tensor& token_mask) {
                                                                              /*group_size=*/0, mask_T);
   if (options.z_coefficient > 0) out.aux_loss = out.aux_loss + options.z_coefficient * z_loss(logits_TE, mask_T);
 
-  out.dropped = at::zeros({}, routing.topk_ids.options());
-  if (!options.capacity.dropless() && x_TD.size(0) > 0) {
-    const auto group = per_sequence ? x.size(-2) : x_TD.size(0);
-    const auto places = expert_capacity(options.capacity, group, options.top_k, options.num_experts);
-    auto capped = limit_capacity(routing, options.num_experts, places, group, options.capacity.order,
-                                 options.capacity.renormalize);
-    routing = std::move(capped.routing);
-    out.dropped = std::move(capped.dropped);
-  }
+  const auto group = per_sequence ? x.size(-2) : x_TD.size(0);
+  auto capped = apply_capacity(routing, options.num_experts, group, options.capacity);
+  routing = std::move(capped.routing);
+  out.dropped = std::move(capped.dropped);
   out.plan = plan(routing.topk_ids, options.num_experts);
   auto y_TD = experts->forward(x_TD, routing.topk_weights, out.plan);
   if (shared)
