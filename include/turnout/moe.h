@@ -136,9 +136,11 @@ struct MoEOutput {
   at::Tensor dropped;   ///< scalar int64: choices that found no place; their tokens get zero from that expert
 };
 
-/// gate → route → losses → capacity → plan → experts, + shared experts. Parameters: gate.*, experts.*, shared.*,
-/// shared_gate.weight [1, hidden], noise_gate.weight [experts, hidden]. Buffer: selection_bias [experts] float32, zeros
-/// at first. A gate whose parameters are of another type than x computes in theirs.
+/// gate → route → losses → capacity → plan → experts, + shared experts.
+///
+/// The gate computes in the type of its own weights, under autocast too: gate->to(at::kFloat) keeps the router of a
+/// bfloat16 layer in float32 (DeepSeek, Switch). Parameters: gate.*, experts.*, shared.*, shared_gate.weight
+/// [1, hidden], noise_gate.weight [experts, hidden]. Buffer: selection_bias [experts] float32, zeros at first.
 class MoEImpl : public torch::nn::Module {
  public:
   /// A gate without bias (options.gate_bias) and a bank of feed-forward experts.

@@ -96,4 +96,8 @@ struct Capped {
 Capped limit_capacity(const Routing& routing, int64_t num_experts, int64_t capacity, int64_t group_size,
                       DropOrder order = DropOrder::choice, bool renormalize = false, const at::Tensor& priority = {});
 
+/// expert_capacity() and limit_capacity() in one call. @param group_size tokens of a group: those of a sequence where
+///   options.per_sequence is set, else all tokens of the routing. Dropless options, and no tokens: nothing is dropped.
+Capped apply_capacity(const Routing& routing, int64_t num_experts, int64_t group_size, const CapacityOptions& options);
+
 }  // namespace turnout

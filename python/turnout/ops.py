@@ -269,6 +269,41 @@ def limit_capacity(
     )
 
 
+def apply_capacity(
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    num_experts: int,
+    group_size: int,
+    *,
+    factor: float = 0.0,
+    fixed: int = 0,
+    minimum: int = 0,
+    rounding: CapacityRounding = "ceil",
+    count_choices: bool = True,
+    order: DropOrder = "choice",
+    renormalize: bool = False,
+) -> Capped:
+    """expert_capacity() and limit_capacity() in one op. No factor and no fixed number: nothing is dropped.
+
+    A compiled graph holds for one group_size and is made anew for another, without a break.
+    """
+    return Capped(
+        *_ops.apply_capacity(
+            topk_ids,
+            topk_weights,
+            num_experts,
+            group_size,
+            factor=factor,
+            fixed=fixed,
+            minimum=minimum,
+            rounding=rounding,
+            count_choices=count_choices,
+            order=order,
+            renormalize=renormalize,
+        )
+    )
+
+
 def dispatch(x: Tensor, plan: DispatchPlan) -> Tensor:
     """Rows of x [T, D] in the plan's order: [R, D], zeros where a row is empty.
 

@@ -35,12 +35,6 @@ void check_options(const MoEOptions& options) {
   expert_capacity(options.capacity, 0, options.top_k, options.num_experts);  // throws for impossible options
 }
 
-// A gate kept in another type than x computes in its own: those of DeepSeek and Switch stay in float32.
-at::Tensor as_gate(const torch::nn::Module& gate, const at::Tensor& x) {
-  const auto parameters = gate.parameters();
-  return parameters.empty() || !parameters[0].is_floating_point() ? x : x.to(parameters[0].scalar_type());
-}
-
 }  // namespace
 
 MoEImpl::MoEImpl(MoEOptions given) : options(given) {
@@ -82,20 +76,20 @@ void MoEImpl::register_modules() {
 
 Capped MoEImpl::limit(const Routing& routing, const at::Tensor& x) const {
   const auto& how = options.capacity;
-  const auto tokens = routing.topk_ids.size(0);
-  if (how.dropless()) return {routing, at::zeros({}, routing.topk_ids.options())};
-  if (!how.per_sequence && joined_.size > 1) return limit_joined(routing, how, options.num_experts, joined_);
-  if (tokens == 0) return {routing, at::zeros({}, routing.topk_ids.options())};
-  const auto group = how.per_sequence ? x.size(-2) : tokens;
-  const auto places = expert_capacity(how, group, options.top_k, options.num_experts);
-  return limit_capacity(routing, options.num_experts, places, group, how.order, how.renormalize);
+  if (!how.dropless() && !how.per_sequence && joined_.size > 1)
+    return limit_joined(routing, how, options.num_experts, joined_);
+  const auto group = how.per_sequence && !how.dropless() ? x.size(-2) : routing.topk_ids.size(0);
+  return apply_capacity(routing, options.num_experts, group, how);
 }
 
-at::Tensor MoEImpl::logits_of(const at::Tensor& x_TD) {
-  auto logits_TE = gate.forward<at::Tensor>(as_gate(*gate.ptr(), x_TD));
+at::Tensor MoEImpl::logits_of(const at::Tensor& given_TD) {
+  const auto parameters = gate.ptr()->parameters(/*recurse=*/true);
+  const auto x_TD = parameters.empty() ? given_TD : given_TD.to(parameters[0].scalar_type());
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  auto logits_TE = gate.forward<at::Tensor>(x_TD);
   ops::check_size(kName, "the gate's output", logits_TE, -1, options.num_experts, "num_experts");
   if (!options.noisy || !is_training()) return logits_TE;
-  return noisy_logits(logits_TE, noise_gate->forward(x_TD)).logits;
+  return noisy_logits(logits_TE, noise_gate->forward(x_TD.to(noise_gate->weight.scalar_type()))).logits;
 }
 
 MoEOutput MoEImpl::forward(const at::Tensor& x, const at::Tensor& token_mask) {

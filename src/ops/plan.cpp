@@ -50,6 +50,36 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> limit_capacity_symint(const at::T
   return {at::where(kept, topk_ids, at::full({}, -1, topk_ids.options())), weights, dropped};
 }
 
+// The places are a number: a compiled graph holds for one group size, and is made anew for another.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> apply_capacity_symint(const at::Tensor& topk_ids,
+                                                                     const at::Tensor& topk_weights,
+                                                                     int64_t num_experts, c10::SymInt group_size,
+                                                                     const CapacityOptions& options) {
+  ops::check_dim("turnout::apply_capacity", "topk_ids", topk_ids, 2, "[tokens, top_k]");
+  const auto top_k = topk_ids.sym_size(1).guard_int(__FILE__, __LINE__);
+  expert_capacity(options, 0, top_k, num_experts);  // throws for impossible options
+  if (options.dropless() || topk_ids.sym_size(0) == 0)
+    return {topk_ids.clone(), topk_weights.clone(), at::zeros({}, topk_ids.options().dtype(at::kLong))};
+  const auto places = expert_capacity(options, group_size.guard_int(__FILE__, __LINE__), top_k, num_experts);
+  return limit_capacity_symint(topk_ids, topk_weights, num_experts, places, std::move(group_size),
+                               to_string(options.order), options.renormalize, std::nullopt);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> apply_capacity_op(
+    const at::Tensor& topk_ids, const at::Tensor& topk_weights, int64_t num_experts, c10::SymInt group_size,
+    double factor, int64_t fixed, int64_t minimum, c10::string_view rounding, bool count_choices,
+    c10::string_view order, bool renormalize) {
+  CapacityOptions options;
+  options.factor = factor;
+  options.fixed = fixed;
+  options.minimum = minimum;
+  options.rounding = parse_capacity_rounding(std::string(rounding));
+  options.count_choices = count_choices;
+  options.order = parse_drop_order(std::string(order));
+  options.renormalize = renormalize;
+  return apply_capacity_symint(topk_ids, topk_weights, num_experts, std::move(group_size), options);
+}
+
 int64_t expert_capacity_op(double factor, int64_t fixed, int64_t minimum, c10::string_view rounding,
                            bool count_choices, int64_t group_tokens, int64_t top_k, int64_t num_experts) {
   CapacityOptions options;
@@ -126,8 +156,18 @@ Capped limit_capacity(const Routing& routing, int64_t num_experts, int64_t capac
   return {{ids, weights, routing.scores}, dropped};
 }
 
+Capped apply_capacity(const Routing& routing, int64_t num_experts, int64_t group_size,
+                      const CapacityOptions& options) {
+  if (options.dropless() || routing.topk_ids.size(0) == 0)
+    return {routing, at::zeros({}, routing.topk_ids.options().dtype(at::kLong))};
+  auto [ids, weights, dropped] =
+      apply_capacity_symint(routing.topk_ids, routing.topk_weights, num_experts, group_size, options);
+  return {{ids, weights, routing.scores}, dropped};
+}
+
 namespace {
 TORCH_LIBRARY_IMPL(turnout, CompositeImplicitAutograd, m) {
+  m.impl("apply_capacity", apply_capacity_op);
   m.impl("limit_capacity", limit_capacity_symint);
   m.impl("expert_capacity", expert_capacity_op);
 }

@@ -78,6 +78,10 @@ TORCH_LIBRARY(turnout, m) {
       " str order='choice', bool renormalize=False, Tensor? priority=None)"
       " -> (Tensor topk_ids, Tensor topk_weights, Tensor dropped)");
   m.def(
+      "apply_capacity(Tensor topk_ids, Tensor topk_weights, int num_experts, SymInt group_size, *, float factor=0.0,"
+      " int fixed=0, int minimum=0, str rounding='ceil', bool count_choices=True, str order='choice',"
+      " bool renormalize=False) -> (Tensor topk_ids, Tensor topk_weights, Tensor dropped)");
+  m.def(
       "expert_capacity(float factor, int fixed, int minimum, str rounding, bool count_choices, int group_tokens,"
       " int top_k, int num_experts) -> int");
   // slots

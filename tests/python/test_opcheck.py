@@ -111,6 +111,11 @@ def test_route_with_every_option() -> None:
     torch.library.opcheck(OPS.route.default, (leaf(4, 6), 2), {**options, **tensors}, test_utils=CHECKS)
 
 
+@pytest.mark.parametrize("factor", [0.0, 0.8])
+def test_apply_capacity(factor) -> None:
+    torch.library.opcheck(OPS.apply_capacity.default, (IDS, leaf(4, 2), 3, 2), {"factor": factor}, test_utils=CHECKS)
+
+
 def test_experts_backward() -> None:
     """Without gradients of its own: it refuses a second derivative."""
     x, weights, *rest = without_gradients(experts_arguments("bank"))
@@ -123,7 +128,7 @@ def test_no_op_is_left_out() -> None:
     declared = {
         schema.name.split("::")[1] for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("turnout::")
     }
-    tested = {case.split()[0] for case in CASES} | {"experts_backward"}
+    tested = {case.split()[0] for case in CASES} | {"apply_capacity", "experts_backward"}
     assert declared - tested == {
         "expert_capacity", "kernel_choices", "packed_layout", "release_scratch", "router_preset", "router_preset_names",
         "convert_checkpoint", "load_moe_layer", "pretrained_moe", "published_tensors",

@@ -63,7 +63,8 @@ class MoELayer(nn.Module):
         weights = "probability" if self.raw_probabilities else "softmax_of_topk"
         routing = ops.route(self.gate(tokens), self.top_k, weights)
         aux_loss = losses.balance_loss(routing.scores, routing.topk_ids, "first_choice")
-        y = run_experts(self.experts, tokens, routing.topk_weights, ops.plan(routing.topk_ids, self.num_experts)).view(x.shape)
+        plan = ops.plan(routing.topk_ids, self.num_experts)
+        y = run_experts(self.experts, tokens, routing.topk_weights, plan).view(x.shape)
         if self.dense is not None:
             y = self.alpha * self.dense(x) + (1 - self.alpha) * y
         return y, aux_loss

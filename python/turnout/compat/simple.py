@@ -63,7 +63,8 @@ class SimpleMoELayer(nn.Module):
             self.load_balancing_loss = self.alpha * losses.balance_loss(routing.scores, routing.topk_ids, self.load_count)
         else:
             self.load_balancing_loss = routing.scores.new_zeros(())
-        return run_experts(self.experts, tokens, routing.topk_weights, ops.plan(routing.topk_ids, self.num_experts)).view(x.shape)
+        plan = ops.plan(routing.topk_ids, self.num_experts)
+        return run_experts(self.experts, tokens, routing.topk_weights, plan).view(x.shape)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles go without the last loss: it belongs to a graph, which can be neither."""
