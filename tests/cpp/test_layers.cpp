@@ -3,6 +3,7 @@
 
 #include <turnout/hierarchical_moe.h>
 #include <turnout/moe.h>
+#include <turnout/router_variants.h>
 #include <turnout/slots.h>
 
 
@@ -155,7 +156,7 @@ TEST(MoE, NoiseAndJitterActInTrainingAlone) {
   EXPECT_TRUE(at::equal(seen, route(noisy.logits, 2).scores));
   EXPECT_EQ(moe->noise_gate->weight.sizes(), (at::IntArrayRef{4, 6}));
   options.jitter = 1;
-  EXPECT_SAYS(MoE(options), "turnout::MoE: jitter is 1, expected 0 to below 1");
+  EXPECT_SAYS(MoE{options}, "turnout::MoE: jitter is 1, expected 0 to below 1");
 }
 
 TEST(MoE, ServesABatchWithoutTokensInEveryConfiguration) {

@@ -68,7 +68,9 @@ void compare_with_one_process(World& world, const Case& c) {
   EXPECT_TRUE(at::equal(made.routing.topk_ids, truth.routing.topk_ids.narrow(0, before, own)));
   EXPECT_NEAR(sum_over(made.aux_loss.detach(), world.all()).item<double>() / ranks, truth.aux_loss.item<double>(), 1e-5);
   EXPECT_EQ(sum_over(made.dropped, world.all()).item<int64_t>(), truth.dropped.item<int64_t>());
-  if (c.capacity > 0) EXPECT_GT(truth.dropped.item<int64_t>(), 0) << "the case drops nothing";
+  if (c.capacity > 0) {
+    EXPECT_GT(truth.dropped.item<int64_t>(), 0) << "the case drops nothing";
+  }
   const auto parts = parts_of_banks(*moe);
   for (const auto& item : whole->named_parameters()) {
     auto expected = item.value().grad();
