@@ -5,7 +5,7 @@
 #include <turnout/combine.h>
 #include <turnout/experts.h>
 #include <turnout/plan.h>
-#include <turnout/router_variants.h>
+#include <turnout/router.h>
 
 #include <torch/nn/module.h>
 #include <torch/nn/modules/container/any.h>

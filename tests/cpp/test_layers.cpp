@@ -3,6 +3,7 @@
 
 #include <turnout/hierarchical_moe.h>
 #include <turnout/moe.h>
+#include <turnout/router_variants.h>
 #include <turnout/slots.h>
 
 

@@ -98,6 +98,30 @@ def test_losses() -> None:
     assert not without.aux_loss.requires_grad
 
 
+def test_padding_takes_no_place_and_counts_in_no_loss() -> None:
+    layer = turnout.MoE(HIDDEN, FFN, EXPERTS, z_coefficient=1, capacity=turnout.CapacityOptions(fixed=2))
+    x, mask = torch.randn(2, 4, HIDDEN), torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0]]).bool()
+    padded, real = layer(x, mask), layer(x[mask])
+    assert_close(padded.output[mask], real.output, TERMS)
+    assert not padded.output[~mask].any()
+    assert_close(padded.aux_loss, real.aux_loss, 32)
+    assert torch.equal(padded.dropped, real.dropped)
+    with pytest.raises(ValueError, match=r"token_mask has shape \[4\], expected \[2, 4\] \(x without hidden\)"):
+        layer(x, mask[0])
+
+
+def test_noise_and_jitter_act_in_training_alone() -> None:
+    layer = turnout.MoE(HIDDEN, FFN, EXPERTS, noisy=True, jitter=0.5)
+    x = torch.randn(9, HIDDEN)
+    assert torch.equal(layer.eval()(x).routing.scores, turnout.route(layer.gate(x), 2).scores)
+    torch.manual_seed(6)
+    seen = layer.train()(x).routing.scores
+    torch.manual_seed(6)
+    noisy = turnout.noisy_logits(layer.gate(turnout.jitter(x, 0.5)), torch.zeros(9, EXPERTS))
+    assert torch.equal(seen, turnout.route(noisy.logits, 2).scores)
+    assert layer.noise_gate.weight.shape == (EXPERTS, HIDDEN) and not layer.noise_gate.weight.any()
+
+
 @pytest.mark.parametrize("capacity", [{}, {"factor": 1.0}, {"fixed": 3, "per_sequence": True}])
 def test_no_tokens(capacity) -> None:
     layer = turnout.MoE(HIDDEN, FFN, EXPERTS, shared_ffn=3, z_coefficient=1, capacity=turnout.CapacityOptions(**capacity))
@@ -183,6 +207,7 @@ ERRORS = [
     (lambda: turnout.MoE(8, 4, 4, router={"weight": "raw"}), TypeError, "unexpected keyword argument 'weight'"),
     (lambda: turnout.MoE(8, 4, 4, load_count="x"), ValueError, "load_count is 'x', expected one of per_assignment"),
     (lambda: turnout.MoE(8, 4, 4, z_coefficient=-1.0), ValueError, "z_coefficient is -1.0, expected a finite number"),
+    (lambda: turnout.MoE(8, 4, 4, jitter=1.0), ValueError, "jitter: amount is 1, expected 0 to below 1"),
     (lambda: turnout.MoE(8, 4, 4, shared_gated=True), ValueError, "shared_ffn is 0, expected at least 1"),
     (lambda: turnout.MoE(8, 4, 4, capacity=turnout.CapacityOptions(factor=-1.0)), ValueError, "factor is -1"),
     (lambda: turnout.MoE(8, 4, 4, capacity=turnout.CapacityOptions(fixed=1, order="late")), ValueError,

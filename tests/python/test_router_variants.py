@@ -247,3 +247,25 @@ class TestHash:
 
 
 PUBLISHED = [[59, 37], [29, 12], [40, 47], [1, 57], [46, 34]]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_all_compile_whole(dynamic) -> None:
+    def call(logits, raw, noise, words):
+        noisy = turnout.noisy_logits(logits, raw, noise=noise)
+        routing, plan = turnout.route_expert_choice(noisy.logits, 3)
+        chosen = turnout.route_chosen(logits, turnout.hash_ids(words, EXPERTS, 2))
+        even = turnout.route_sinkhorn(logits, 2)
+        stats = turnout.routing_statistics(routing, plan, torch.ones((), dtype=torch.int64))
+        load = turnout.cv_squared(turnout.noisy_load(logits, noisy, 2))
+        loss = turnout.balance_loss_of_sums(turnout.balance_sums(even.scores, even.topk_ids), None)
+        counts = turnout.expert_counts(chosen.topk_ids, EXPERTS)
+        step = turnout.update_selection_bias(torch.zeros(EXPERTS), counts, 0.1)
+        return (*routing, *plan, *chosen, *even, *stats, load + loss, step)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for tokens in (12, 20):
+        inputs = (*torch.randn(3, tokens, EXPERTS), torch.arange(tokens))
+        for actual, expected in zip(compiled(*inputs), call(*inputs), strict=True):
+            assert torch.equal(actual, expected)

@@ -34,8 +34,8 @@ inline void keys_of(const float* scores, int64_t n, int64_t* keys) {
 template <int kBytes>
 struct KeyVector;
 template <>
-struct KeyVector<16> {
-  typedef int64_t Type __attribute__((vector_size(16)));
+struct KeyVector<16> {  // SSE2 compares no words of 64 bits: one is all there is
+  typedef int64_t Type __attribute__((vector_size(8)));
 };
 template <>
 struct KeyVector<32> {
@@ -50,11 +50,11 @@ struct KeyVector<64> {
 template <int kBytes>
 inline int64_t next_key(const int64_t* keys, int64_t n, int64_t last) {
   using Vector = typename KeyVector<kBytes>::Type;
-  constexpr int kLanes = kBytes / 8;
+  constexpr int kLanes = sizeof(Vector) / 8;
   const Vector none = Vector{} + kNoKey, limit = Vector{} + last;
   const auto read = [&](int64_t at) {
     Vector key;
-    memcpy(&key, keys + at, kBytes);
+    memcpy(&key, keys + at, sizeof(key));
     return key < limit ? key : none;
   };
   const auto larger = [](Vector a, Vector b) { return a > b ? a : b; };
