@@ -1,7 +1,6 @@
 // The MoE layer: gate → route → capacity → plan → experts, and the losses; and its blend with a dense block.
 #include <turnout/moe.h>
 #include <turnout/router_variants.h>
-
 #include <turnout/exchange.h>
 
 #include "../ops/checks.h"
