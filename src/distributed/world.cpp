@@ -4,6 +4,7 @@
 #include "distributed/address.h"
 #include "distributed/gloo.h"
 #include "distributed/heartbeat.h"
+#include "distributed/nccl.h"
 
 #include "../ops/checks.h"
 
@@ -61,7 +62,8 @@ void check(const WorldOptions& options) {
                     ", expected 1 to 65535");
   TORCH_CHECK_VALUE(options.timeout.count() >= 100, kName, ": timeout is ", options.timeout.count(),
                     " ms, expected at least 100");
-  TORCH_CHECK_VALUE(options.backend == "gloo", kName, ": backend is '", options.backend, "', expected gloo");
+  TORCH_CHECK_VALUE(options.backend == "gloo" || options.backend == "nccl", kName, ": backend is '", options.backend,
+                    "', expected gloo or nccl");
 }
 
 std::string store_address(const WorldOptions& options) { return options.host + ":" + std::to_string(options.port); }
@@ -238,9 +240,10 @@ Group World::group(const std::string& name, const std::vector<int64_t>& members)
   for (const auto& made : state_->groups)
     if (made.first == group.name) return group;
   const auto store = c10::make_intrusive<c10d::PrefixStore>(group.name, state_->store);
-  c10::intrusive_ptr<c10d::Backend> backend;
+  c10::intrusive_ptr<c10d::Backend> gloo, nccl;
   try {
-    backend = distributed::make_gloo(store, group.rank, group.size, options.timeout, state_->address);
+    gloo = distributed::make_gloo(store, group.rank, group.size, options.timeout, state_->address);
+    if (options.backend == "nccl") nccl = distributed::make_nccl(store, group.rank, group.size, options.timeout);
   } catch (const c10::NotImplementedError&) {
     throw;
   } catch (const std::exception& error) {
@@ -249,7 +252,8 @@ Group World::group(const std::string& name, const std::vector<int64_t>& members)
   }
   auto process_group = c10::make_intrusive<c10d::ProcessGroup>(store, static_cast<int>(group.rank),
                                                                static_cast<int>(group.size));
-  process_group->setBackend(c10::DeviceType::CPU, c10d::ProcessGroup::BackendType::GLOO, backend);
+  process_group->setBackend(c10::DeviceType::CPU, c10d::ProcessGroup::BackendType::GLOO, gloo);
+  if (nccl) process_group->setBackend(c10::DeviceType::CUDA, c10d::ProcessGroup::BackendType::NCCL, nccl);
   process_group->setDefaultBackend(c10d::ProcessGroup::BackendType::GLOO);
   process_group->setGroupName(group.name);
   c10d::register_process_group(group.name, process_group);

@@ -19,7 +19,8 @@ ParallelLayout make_layout(World& world, int64_t expert_ranks, int64_t chunks) {
   TORCH_CHECK_VALUE(together >= 1 && size % together == 0, "turnout::make_layout: expert_ranks is ", expert_ranks,
                     ", expected a divisor of ", size, " (the ranks of the world)");
   ops::check_at_least("turnout::make_layout", "chunks", chunks, 1);
-  world.check_same("the parallel layout", "expert_ranks " + std::to_string(together) + "\nchunks " + std::to_string(chunks));
+  world.check_same("the parallel layout",
+                   "expert_ranks " + std::to_string(together) + "\nchunks " + std::to_string(chunks));
   std::vector<int64_t> experts(together), replicas;
   std::iota(experts.begin(), experts.end(), rank / together * together);
   for (int64_t r = rank % together; r < size; r += together) replicas.push_back(r);

@@ -83,7 +83,8 @@ Gradients backward_op(const at::Tensor& grad, const at::Tensor& x, const at::Ten
                       at::TensorList down_bias, c10::string_view activation, int64_t num_experts,
                       c10::string_view group, int64_t chunks, std::array<bool, 6> needs) {
   const auto local = c10::impl::tls_local_dispatch_key_set();
-  const c10::impl::ForceDispatchKeyGuard with_autograd(local.included_, local.excluded_ - c10::autograd_dispatch_keyset_with_ADInplaceOrView);
+  const c10::impl::ForceDispatchKeyGuard with_autograd(
+      local.included_, local.excluded_ - c10::autograd_dispatch_keyset_with_ADInplaceOrView);
   const at::AutoGradMode enabled(true);
   variable_list inputs;
   const auto leaf = [&](const at::Tensor& tensor, bool needed) {

@@ -51,7 +51,8 @@ HierarchicalMoEOutput HierarchicalMoEImpl::forward(const at::Tensor& x) {
   const auto first = gate_outer->forward(x);
   if (x_TD.size(0) == 0) {  // experts on other ranks are called all the same
     const auto none = plan(first.routing.topk_ids, outer * inner);
-    return {experts->forward(x_TD, first.routing.topk_weights, none).view(x.sizes()), first.loss * options.loss_coefficient, first.dropped,
+    const auto y = experts->forward(x_TD, first.routing.topk_weights, none);
+    return {y.view(x.sizes()), first.loss * options.loss_coefficient, first.dropped,
             none.tokens_per_expert()};
   }
 

@@ -111,7 +111,7 @@ MoEOutput MoEImpl::forward(const at::Tensor& x, const at::Tensor& token_mask) {
   MoEOutput out;
   out.aux_loss = at::zeros({}, routing.scores.options());
   if (options.balance_coefficient > 0) {
-    const auto sum = joined_.size == 1 ? SumOverRanks() : [this](const at::Tensor& x) { return sum_over(x, joined_); };
+    const auto sum = joined_.size == 1 ? SumOverRanks() : [this](const at::Tensor& own) { return sum_over(own, joined_); };
     const auto loss =
         balance_loss(routing.scores, routing.topk_ids, options.load_count, /*group_size=*/0, mask_T, sum);
     out.aux_loss = out.aux_loss + options.balance_coefficient * loss;

@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <sstream>
@@ -87,7 +88,8 @@ std::string index_of(const std::vector<std::vector<std::string>>& names) {
 void remove_others(const std::string& folder, const fs::path& kept) {
   std::vector<fs::path> old;
   for (const auto& entry : fs::directory_iterator(folder))
-    if (entry.path().filename() != kept.filename() && (entry.path().filename() == kFile || step_of_folder(entry.path()) >= 0))
+    if (const auto name = entry.path().filename();
+        name != kept.filename() && (name == kFile || step_of_folder(entry.path()) >= 0))
       old.push_back(entry.path());
   for (const auto& path : old) {
     std::error_code ignored;

@@ -186,7 +186,8 @@ std::string ByteLanguageModelImpl::first_non_finite(const at::Tensor& tokens_BL)
   for (size_t layer = 0; layer < blocks.size(); ++layer) {
     std::optional<MoEOutput> report;
     x_BLD = blocks[layer](x_BLD, &report);
-    if (!finite(x_BLD, layout.all) || (report && !finite(report->aux_loss, layout.all))) return "layer " + std::to_string(layer);
+    if (!finite(x_BLD, layout.all) || (report && !finite(report->aux_loss, layout.all)))
+      return "layer " + std::to_string(layer);
   }
   return finite(logits(x_BLD), layout.all) ? "" : "head";
 }

@@ -203,6 +203,18 @@ TEST_F(ParallelCheckpoint, OfAWholeModelIsWrittenByTheFirstRank) {
   });
 }
 
+TEST(ParallelTraining, EvaluatesFewerWindowsThanRanks) {
+  on_ranks(3, [](World& world) {
+    auto options = training();
+    options.eval_bytes = 16;  // two windows
+    const auto evaluate = [&](const ParallelLayout& layout) {
+      at::manual_seed(1);
+      return Trainer(ByteLanguageModel(model_options(), layout), options, repeated_text("abcdefg")).evaluate();
+    };
+    EXPECT_NEAR(evaluate(make_layout(world)), evaluate({}), 1e-5);
+  });
+}
+
 TEST(ParallelTraining, BatchIsAMultipleOfTheRanks) {
   on_ranks(2, [](World& world) {
     const auto layout = make_layout(world);

@@ -123,13 +123,30 @@ def test_experts_backward() -> None:
     torch.library.opcheck(OPS.experts_backward.default, (torch.randn(4, 3), x, weights, *rest, kept, [True] * 6))
 
 
+@pytest.fixture
+def lone_group():
+    """The name of a process group of one rank."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield torch.distributed.group.WORLD.group_name
+    torch.distributed.destroy_process_group()
+
+
+def test_expert_parallel(lone_group) -> None:
+    arguments = (leaf(4, 3), IDS, leaf(4, 2), *expert_lists("bank"), "swiglu", 3, lone_group, 2)
+    torch.library.opcheck(OPS.expert_parallel.default, arguments)
+    backward = (torch.randn(4, 3), *without_gradients(arguments), [True] * 6)
+    torch.library.opcheck(OPS.expert_parallel_backward.default, backward)
+
+
 def test_no_op_is_left_out() -> None:
     """A new op needs a case here."""
     declared = {
         schema.name.split("::")[1] for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("turnout::")
     }
-    tested = {case.split()[0] for case in CASES} | {"apply_capacity", "experts_backward"}
+    tested = {case.split()[0] for case in CASES}
+    tested |= {"apply_capacity", "experts_backward", "expert_parallel", "expert_parallel_backward"}
     assert declared - tested == {
-        "expert_capacity", "kernel_choices", "packed_layout", "release_scratch", "router_preset", "router_preset_names",
-        "convert_checkpoint", "load_moe_layer", "pretrained_moe", "published_tensors",
+        "expert_bounds", "expert_capacity", "kernel_choices", "packed_layout", "release_scratch", "router_preset",
+        "router_preset_names", "convert_checkpoint", "load_moe_layer", "pretrained_moe", "published_tensors",
     }  # words and numbers out, or files
