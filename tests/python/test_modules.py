@@ -86,6 +86,7 @@ def test_parameters_can_be_made_on_the_meta_device(name) -> None:
     made = (turnout.MoE(HIDDEN, FFN, EXPERTS, **how) if name == "MoE"
             else turnout.HierarchicalMoE(HIDDEN, FFN, (2, 2), **how))  # fmt: skip
     assert all(p.is_meta and p.dtype == torch.bfloat16 for p in made.parameters())
+    assert made(inputs().to(**how)).output.is_meta
     made.to_empty(device="cpu")
     for module in made.modules():
         if hasattr(module, "reset_parameters"):
