@@ -159,6 +159,23 @@ TEST(MoE, NoiseAndJitterActInTrainingAlone) {
   EXPECT_SAYS(MoE{options}, "turnout::MoE: jitter is 1, expected 0 to below 1");
 }
 
+TEST(MoE, KeepsItsGateInTheTypeOfItsWeights) {
+  at::manual_seed(16);
+  MoE moe(small());
+  moe->to(at::kBFloat16);
+  const auto x = at::randn({20, 6}).to(at::kBFloat16);
+  const auto& weight = moe->gate.get<torch::nn::Linear>()->weight;
+  const auto error = [&](const at::Tensor& logits) {
+    const auto scores = moe->forward(x).routing.scores;
+    return (scores - logits.to(at::kFloat).softmax(-1)).abs().max().item<double>();
+  };
+  EXPECT_LT(error(at::linear(x, weight)), 1e-6);
+  moe->gate.ptr()->to(at::kFloat);
+  EXPECT_LT(error(at::linear(x.to(at::kFloat), weight)), 1e-6);
+  EXPECT_GT(error(at::linear(x, weight.to(at::kBFloat16))), 1e-6);
+  EXPECT_EQ(moe->forward(x).output.scalar_type(), at::kBFloat16);
+}
+
 TEST(MoE, ServesABatchWithoutTokensInEveryConfiguration) {
   for (const bool capped : {false, true}) {
     auto options = small();

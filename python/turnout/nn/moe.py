@@ -215,8 +215,11 @@ class MoE(nn.Module):
 def _in_its_type(gate: nn.Module, tokens: Tensor) -> Tensor:
     """Calls a gate in the type of its weights, under autocast too."""
     weight = next(gate.parameters(), None)
+    tokens = tokens if weight is None else tokens.to(weight.dtype)
+    if not torch.amp.is_autocast_available(tokens.device.type):  # as on the meta device
+        return gate(tokens)
     with torch.autocast(tokens.device.type, enabled=False):
-        return gate(tokens if weight is None else tokens.to(weight.dtype))
+        return gate(tokens)
 
 
 def as_experts(owner: str, experts: nn.Module | Iterable[nn.Module], num_experts: int) -> nn.Module:
