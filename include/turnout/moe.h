@@ -56,6 +56,9 @@ class FeedForwardBankImpl : public ExpertsModule {
  public:
   /// @throws c10::ValueError for sizes below 1
   FeedForwardBankImpl(FeedForwardOptions options, int64_t num_experts);
+  /// Takes banks that are there: they become the parameters, without a copy.
+  /// @throws c10::ValueError for sizes below 1, separate experts, or shapes and biases that are not those of the options
+  FeedForwardBankImpl(FeedForwardOptions options, const ExpertWeights& banks);
   at::Tensor forward(const at::Tensor& x, const at::Tensor& topk_weights, const DispatchPlan& plan) override;
   int64_t num_experts() const override { return up.size(0); }
   ExpertWeights weights() const;
@@ -114,7 +117,8 @@ struct MoEOutput {
 };
 
 /// gate → route → losses → capacity → plan → experts, + shared experts. Parameters: gate.*, experts.*, shared.*,
-/// shared_gate.weight [1, hidden]. Buffer: selection_bias [experts] float32, zeros at first.
+/// shared_gate.weight [1, hidden]. Buffer: selection_bias [experts] float32, zeros at first. A gate whose parameters are
+/// of another type than x computes in theirs.
 class MoEImpl : public torch::nn::Module {
  public:
   /// A gate without bias (options.gate_bias) and a bank of feed-forward experts.

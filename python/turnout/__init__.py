@@ -40,6 +40,13 @@ from .ops import (  # noqa: E402
     topk,
     z_loss,
 )
+from .pretrained import (  # noqa: E402
+    PretrainedMoE,
+    convert_checkpoint,
+    load_moe_layer,
+    pretrained_moe,
+    published_tensors,
+)
 from .quantized import decode_fp8_blocks, decode_mxfp4  # noqa: E402
 from .runtime import KernelChoice, kernel_choices, release_scratch  # noqa: E402
 
@@ -56,6 +63,7 @@ __all__ = [
     "MoE",
     "MoEOutput",
     "PackedExperts",
+    "PretrainedMoE",
     "RouterOptions",
     "Routing",
     "Top2Routing",
@@ -63,6 +71,7 @@ __all__ = [
     "balance_loss",
     "combine",
     "compat",
+    "convert_checkpoint",
     "decode_fp8_blocks",
     "decode_mxfp4",
     "dispatch",
@@ -72,10 +81,13 @@ __all__ = [
     "fused_experts",
     "kernel_choices",
     "limit_capacity",
+    "load_moe_layer",
     "nested_ids",
     "nn",
     "plan",
     "prepack",
+    "pretrained_moe",
+    "published_tensors",
     "queue_positions",
     "release_scratch",
     "route",

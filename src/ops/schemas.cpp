@@ -87,4 +87,11 @@ TORCH_LIBRARY(turnout, m) {
   m.def(
       "decode_fp8_blocks(Tensor weight, Tensor scale_inv, int[2] block=[128, 128], *, ScalarType? dtype=None)"
       " -> Tensor");
+  // published checkpoints
+  m.def("pretrained_moe(str folder) -> str");
+  m.def("load_moe_layer(str folder, int layer, ScalarType? dtype=None) -> (str[] names, Tensor[] tensors)");
+  m.def(
+      "published_tensors(str folder, int layer, str layout, str[] names, Tensor[] tensors)"
+      " -> (str[] names, Tensor[] tensors)");
+  m.def("convert_checkpoint(str source, str target, str layout) -> ()");
 }

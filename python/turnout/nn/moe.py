@@ -76,7 +76,8 @@ class MoE(nn.Module):
     activation, bias: of the experts, shared ones included; swiglu and geglu are gated
     shared_ffn: width of a block that every token passes beside its experts, 0: there is none; shared_gated: its output is
       multiplied by σ(shared_gate(x)) (Qwen2-MoE) instead of added as it is (DeepSeek)
-    gate_bias: of the gate, a linear map from hidden to num_experts
+    gate_bias: of the gate, a linear map from hidden to num_experts. Where its parameters are of another type than x, it
+      computes in theirs
     router: how the experts of a token and their weights follow from the logits: switches of route() by name, or the name
       of a router_preset(); by default softmax, weights divided by their sum. With top_k = 1 only weights="probability"
       lets the output train the gate
@@ -148,7 +149,7 @@ class MoE(nn.Module):
         per_sequence = self.capacity.per_sequence and not self.capacity.dropless
         check.shaped(_NAME, "x", x, "[..., sequence, hidden]" if per_sequence else "[..., hidden]", self.hidden)
         tokens = x.reshape(-1, self.hidden)
-        logits = self.gate(tokens)
+        logits = self.gate(_as_gate(self.gate, tokens))
         if logits.shape[-1] != self.num_experts:
             raise ValueError(
                 f"{_NAME}: the gate's output has shape {list(logits.shape)}, expected [tokens, {self.num_experts}] "
@@ -190,6 +191,12 @@ class MoE(nn.Module):
 
     def extra_repr(self) -> str:
         return f"hidden={self.hidden}, num_experts={self.num_experts}, top_k={self.top_k}"
+
+
+def _as_gate(gate: nn.Module, tokens: Tensor) -> Tensor:
+    """A gate kept in another type than x computes in its own: those of DeepSeek and Switch stay in float32."""
+    parameter = next(gate.parameters(), None)
+    return tokens if parameter is None or not parameter.is_floating_point() else tokens.to(parameter.dtype)
 
 
 def as_experts(owner: str, experts: nn.Module | Iterable[nn.Module], num_experts: int) -> nn.Module:
