@@ -93,12 +93,22 @@ HierarchicalMoE expert_parallel_moe(const HierarchicalMoEOptions& options, const
   return HierarchicalMoE(options, bank_on(layout, expert, outer * inner, inner));
 }
 
+namespace {
+
+// Not named_modules(): that asks for the shared pointer of a module, which its own constructor does not have yet.
+void collect_parts(const torch::nn::Module& module, const std::string& prefix,
+                   std::map<std::string, ExpertRange>& parts) {
+  if (const auto* experts = dynamic_cast<const ExpertParallelImpl*>(&module))
+    for (const auto& parameter : experts->named_parameters(/*recurse=*/false))
+      parts.emplace(prefix + parameter.key(), experts->range());
+  for (const auto& child : module.named_children()) collect_parts(*child.value(), prefix + child.key() + ".", parts);
+}
+
+}  // namespace
+
 std::map<std::string, ExpertRange> parts_of_banks(const torch::nn::Module& module) {
   std::map<std::string, ExpertRange> parts;
-  for (const auto& item : module.named_modules())
-    if (const auto* experts = dynamic_cast<const ExpertParallelImpl*>(item.value().get()))
-      for (const auto& parameter : experts->named_parameters(/*recurse=*/false))
-        parts.emplace((item.key().empty() ? "" : item.key() + ".") + parameter.key(), experts->range());
+  collect_parts(module, "", parts);
   return parts;
 }
 

@@ -63,9 +63,9 @@ void expect_as_alone(Trainer& trainer, const Truth& truth) {
   EXPECT_NEAR(trainer.evaluate(), truth.held_out, kClose);
 }
 
-class OnRanks : public ::testing::TestWithParam<std::pair<int64_t, int64_t>> {};
+class TrainingOnRanks : public ::testing::TestWithParam<std::pair<int64_t, int64_t>> {};
 
-TEST_P(OnRanks, TenStepsAreThoseOfOneProcess) {
+TEST_P(TrainingOnRanks, TenStepsAreThoseOfOneProcess) {
   const auto [ranks, expert_ranks] = GetParam();
   on_ranks(ranks, [&, together = expert_ranks](World& world) {
     const auto truth = train_alone();
@@ -85,7 +85,7 @@ TEST_P(OnRanks, TenStepsAreThoseOfOneProcess) {
   });
 }
 
-INSTANTIATE_TEST_SUITE_P(Training, OnRanks, ::testing::Values(std::pair{2, 0}, std::pair{3, 0}, std::pair{4, 2}),
+INSTANTIATE_TEST_SUITE_P(Training, TrainingOnRanks, ::testing::Values(std::pair{2, 0}, std::pair{3, 0}, std::pair{4, 2}),
                          [](const auto& info) {
                            return std::to_string(info.param.first) + "_ranks_" + std::to_string(info.param.second);
                          });
