@@ -20,8 +20,8 @@ build: setup ## build the library, the program and the tests
 program: setup ## build the library and the program
 	@$(call configure,release) cmake --build --preset release --target turnout_cli
 
-compare: program ## train a MoE and its dense twin on real text and compare them (ARGS="…" passes options)
-	@build/bin/turnout compare $(ARGS)
+compare: program ## train a MoE and its dense twin on real text and compare them (ARGS="…" passes options, RANKS=2 splits)
+	@$(in_environment) $(if $(RANKS),torchrun --no-python --standalone --nproc-per-node $(RANKS)) build/bin/turnout compare $(ARGS)
 
 test: build sanitize-kernels ## run every test: C++, sanitized kernels, Python, installation
 	@$(in_environment) ctest --preset release; python -m pytest

@@ -12,6 +12,18 @@ _library.load()
 
 from . import compat, nn  # noqa: E402  (ops exist from here on)
 from .experts import PackedExperts, fused_experts, prepack  # noqa: E402
+from .losses import (  # noqa: E402
+    RoutingStatistics,
+    balance_loss,
+    balance_loss_of_sums,
+    balance_sums,
+    cv_squared,
+    expert_counts,
+    expert_importance,
+    routing_statistics,
+    update_selection_bias,
+    z_loss,
+)
 from .nn import CapacityOptions, HierarchicalMoE, HierarchicalMoEOutput, MoE, MoEOutput  # noqa: E402
 from .ops import (  # noqa: E402
     Capped,
@@ -21,7 +33,7 @@ from .ops import (  # noqa: E402
     Routing,
     Top2Routing,
     add_shared,
-    balance_loss,
+    apply_capacity,
     combine,
     dispatch,
     dispatch_tensors,
@@ -38,8 +50,8 @@ from .ops import (  # noqa: E402
     slot_importance,
     slot_plan,
     topk,
-    z_loss,
 )
+from .parallel import expert_bounds, expert_parallel  # noqa: E402
 from .pretrained import (  # noqa: E402
     PretrainedMoE,
     convert_checkpoint,
@@ -48,6 +60,18 @@ from .pretrained import (  # noqa: E402
     published_tensors,
 )
 from .quantized import decode_fp8_blocks, decode_mxfp4  # noqa: E402
+from .routers import (  # noqa: E402
+    ExpertChoice,
+    NoisyLogits,
+    hash_ids,
+    jitter,
+    noisy_load,
+    noisy_logits,
+    route_chosen,
+    route_expert_choice,
+    route_sinkhorn,
+    sinkhorn,
+)
 from .runtime import KernelChoice, kernel_choices, release_scratch  # noqa: E402
 
 __version__ = "0.1.0"
@@ -57,33 +81,48 @@ __all__ = [
     "Capped",
     "DispatchPlan",
     "DispatchTensors",
+    "ExpertChoice",
     "HierarchicalMoE",
     "HierarchicalMoEOutput",
     "KernelChoice",
     "MoE",
     "MoEOutput",
+    "NoisyLogits",
     "PackedExperts",
     "PretrainedMoE",
     "RouterOptions",
     "Routing",
+    "RoutingStatistics",
     "Top2Routing",
     "add_shared",
+    "apply_capacity",
     "balance_loss",
+    "balance_loss_of_sums",
+    "balance_sums",
     "combine",
     "compat",
     "convert_checkpoint",
+    "cv_squared",
     "decode_fp8_blocks",
     "decode_mxfp4",
     "dispatch",
     "dispatch_tensors",
+    "expert_bounds",
     "expert_capacity",
+    "expert_counts",
+    "expert_importance",
+    "expert_parallel",
     "feed_forward",
     "fused_experts",
+    "hash_ids",
+    "jitter",
     "kernel_choices",
     "limit_capacity",
     "load_moe_layer",
     "nested_ids",
     "nn",
+    "noisy_load",
+    "noisy_logits",
     "plan",
     "prepack",
     "pretrained_moe",
@@ -91,11 +130,17 @@ __all__ = [
     "queue_positions",
     "release_scratch",
     "route",
+    "route_chosen",
+    "route_expert_choice",
+    "route_sinkhorn",
     "route_top2",
     "router_preset",
     "router_preset_names",
+    "routing_statistics",
+    "sinkhorn",
     "slot_importance",
     "slot_plan",
     "topk",
+    "update_selection_bias",
     "z_loss",
 ]

@@ -4,12 +4,8 @@
 #include <turnout/moe.h>
 
 #include "layers/json_fields.h"
-#include "ops/names.h"
 
 namespace turnout {
-
-inline constexpr ops::Names<CapacityRounding, 2> kRoundings{
-    {{CapacityRounding::ceil, "ceil"}, {CapacityRounding::floor, "floor"}}};
 
 template <class Fields>
 void visit_capacity(Fields& f, CapacityOptions& o) {
@@ -17,8 +13,7 @@ void visit_capacity(Fields& f, CapacityOptions& o) {
   f.number("fixed", o.fixed);
   f.number("minimum", o.minimum);
   f.word(
-      "rounding", o.rounding, [](CapacityRounding r) { return ops::name_of(kRoundings, r); },
-      [](const std::string& s) { return ops::parse_name("capacity rounding", kRoundings, s); });
+      "rounding", o.rounding, [](CapacityRounding v) { return to_string(v); }, parse_capacity_rounding);
   f.number("count_choices", o.count_choices);
   f.number("per_sequence", o.per_sequence);
   f.word(
@@ -56,6 +51,9 @@ void visit_moe(Fields& f, MoEOptions& o) {
   f.number("gate_bias", o.gate_bias);
   f.object("router", [&](auto& inner) { visit_router(inner, o.router); });
   f.number("selection_bias", o.selection_bias);
+  f.number("jitter", o.jitter);
+  f.number("jitter_experts", o.jitter_experts);
+  f.number("noisy", o.noisy);
   f.word(
       "load_count", o.load_count, [](LoadCount v) { return to_string(v); }, parse_load_count);
   f.number("balance_coefficient", o.balance_coefficient);

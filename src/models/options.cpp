@@ -67,6 +67,8 @@ void check(const LanguageModelOptions& o) {
                     "turnout: shared.gated is set, but there is no shared expert");
   TORCH_CHECK_VALUE(o.moe.top_k >= 1 && o.moe.top_k <= o.moe.num_experts, "turnout: top_k is ", o.moe.top_k,
                     ", expected 1 to the number of experts, ", o.moe.num_experts);
+  TORCH_CHECK_VALUE(o.moe.jitter >= 0.0 && o.moe.jitter < 1.0, "turnout: jitter is ", o.moe.jitter,
+                    ", expected 0 to below 1");
   TORCH_CHECK_VALUE(o.moe.balance_coefficient >= 0.0 && o.moe.balance_coefficient < 1e6,
                     "turnout: balance_coefficient is ", o.moe.balance_coefficient, ", expected 0 or more");
   TORCH_CHECK_VALUE(o.moe.z_coefficient >= 0.0 && o.moe.z_coefficient < 1e6, "turnout: z_coefficient is ",
