@@ -27,6 +27,12 @@ void check_options(const MoEOptions& options) {
   expert_capacity(options.capacity, 0, options.top_k, options.num_experts);  // throws for impossible options
 }
 
+// A linear gate runs by the op that gives the same bits at any number of threads.
+at::Tensor logits_of(torch::nn::AnyModule& gate, const at::Tensor& x_TD) {
+  const auto linear = std::dynamic_pointer_cast<torch::nn::LinearImpl>(gate.ptr());
+  return linear ? gate_logits(x_TD, linear->weight, linear->bias) : gate.forward<at::Tensor>(x_TD);
+}
+
 }  // namespace
 
 MoEImpl::MoEImpl(MoEOptions given) : options(given) {
@@ -68,7 +74,7 @@ MoEOutput MoEImpl::forward(const at::Tensor& x) {
                     per_sequence ? "[..., sequence, hidden]" : "[..., hidden]");
   TORCH_CHECK_VALUE(x.size(-1) >= 1, kName, ": x has shape ", x.sizes(), ", expected hidden of at least 1");
   const auto x_TD = x.reshape({-1, x.size(-1)});
-  const auto logits_TE = gate.forward<at::Tensor>(x_TD);
+  const auto logits_TE = logits_of(gate, x_TD);
   ops::check_size(kName, "the gate's output", logits_TE, -1, options.num_experts, "num_experts");
   auto routing = route(logits_TE, options.top_k, options.router, selection_bias);
 
