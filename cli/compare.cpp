@@ -2,6 +2,7 @@
 #include "commands.h"
 #include "contest.h"
 #include "machine.h"
+#include "ranks.h"
 #include "run_options.h"
 #include "terminal.h"
 
@@ -19,11 +20,12 @@ struct CompareOptions {
   RunOptions run;
   std::string output = "runs/compare";
   int64_t evaluations = 10;
+  RankOptions ranks;
 };
 
 void describe(const LanguageModelOptions& dense, const LanguageModelOptions& moe, const RunOptions& run,
-              const ByteText& text) {
-  fmt::print("{}\n", machine_line());
+              const ByteText& text, int64_t ranks) {
+  fmt::print("{}{}\n", machine_line(), ranks > 1 ? fmt::format(", {} ranks", ranks) : "");
   fmt::print("text: {} training bytes in {} files, {} held-out bytes in {} others\n", text.training.size(),
              text.training_files.size(), text.held_out.size(), text.held_out_files.size());
   fmt::print("MoE, FLOPs a token:   {}\n", to_string(flops_per_token(moe)));
@@ -32,7 +34,7 @@ void describe(const LanguageModelOptions& dense, const LanguageModelOptions& moe
   std::fflush(stdout);
 }
 
-void write_results(const CompareOptions& options, const ByteText& text, const Contestant& dense,
+void write_results(const CompareOptions& options, const ByteText& text, int64_t ranks, const Contestant& dense,
                    const Contestant& moe) {
   nlohmann::ordered_json json;
   json["results"] = results_json(dense, moe);
@@ -46,19 +48,25 @@ void write_results(const CompareOptions& options, const ByteText& text, const Co
                   {"held_out_bytes", text.held_out.size()},
                   {"held_out_files", text.held_out_files}};
   json["machine"] = machine_json();
-  for (const Contestant* c : {&dense, &moe}) {
-    const std::string folder = options.output + "/" + c->name;
-    std::filesystem::create_directories(folder);
-    save_model(c->trainer.model, folder);
-  }
+  json["ranks"] = ranks;
   write_file(options.output + "/curves.jsonl", curves_jsonl(dense, moe));
   // Last: whoever finds compare.json finds the rest as well.
   write_file(options.output + "/compare.json",
              json.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n");
 }
 
+// Of models on several ranks each rank has a part to give.
+void save_models(const CompareOptions& options, const Contestant& dense, const Contestant& moe) {
+  for (const Contestant* c : {&dense, &moe}) {
+    const std::string folder = options.output + "/" + c->name;
+    std::filesystem::create_directories(folder);
+    save_model(c->trainer.model, folder);
+  }
+}
+
 void compare(CompareOptions& options) {
   RunOptions& run = options.run;
+  Ranks ranks(options.ranks);
   settle(run);
   TORCH_CHECK_VALUE(run.model.kind != BlockKind::dense,
                     "--kind is dense, expected moe or hybrid: the dense model is "
@@ -66,14 +74,20 @@ void compare(CompareOptions& options) {
   TORCH_CHECK_VALUE(options.evaluations >= 1, "--evaluations is ", options.evaluations, ", expected 1 or more");
   const std::shared_ptr<const ByteText> text = load_text_of(run);
   const LanguageModelOptions twin = dense_twin(run.model);
-  prepare_output(options.output);
-  fit_minutes(run, {twin, run.model}, text);
-  Contestant dense{.name = "dense", .trainer = Trainer(make_model(twin, run.training.seed), run.training, text)};
-  Contestant moe{.name = "moe", .trainer = Trainer(make_model(run.model, run.training.seed), run.training, text)};
-  describe(twin, run.model, run, *text);
+  if (ranks.first()) prepare_output(options.output);
+  ranks.check_same(run, *text);
+  fit_minutes(run, {twin, run.model}, text, ranks);
+  const auto trainer = [&](const LanguageModelOptions& model) {
+    return Trainer(make_model(model, run.training.seed, ranks.layout()), run.training, text);
+  };
+  Contestant dense{.name = "dense", .trainer = trainer(twin)};
+  Contestant moe{.name = "moe", .trainer = trainer(run.model)};
+  if (ranks.first()) describe(twin, run.model, run, *text, ranks.size());
   catch_interrupts();
-  run_contest(dense, moe, std::min(options.evaluations, run.training.steps));
-  write_results(options, *text, dense, moe);
+  run_contest(dense, moe, std::min(options.evaluations, run.training.steps), ranks);
+  save_models(options, dense, moe);
+  if (!ranks.first()) return;
+  write_results(options, *text, ranks.size(), dense, moe);
   fmt::print("{}\nWritten: {}/compare.json, curves.jsonl, dense/, moe/\n", table(dense, moe), options.output);
 }
 
@@ -87,11 +101,13 @@ void add_compare(CLI::App& program) {
   app->add_option("--output", options->output, "Folder of the results; replaces those of an earlier run there")
       ->capture_default_str();
   app->add_option("--evaluations", options->evaluations, "Points of the curves")->capture_default_str();
+  add_rank_options(*app, options->ranks);
   app->footer(
       "Examples:\n"
       "  turnout compare\n"
       "  turnout compare --experts 32 --top-k 1 --router probability --minutes 10\n"
-      "  turnout compare --text book.txt notes/ --layers 2 --hidden 64 --tokens 500000");
+      "  turnout compare --text book.txt notes/ --layers 2 --hidden 64 --tokens 500000\n"
+      "  torchrun --no-python --nproc-per-node 2 turnout compare");
   app->callback([options, arguments] { compare(*options); });
 }
 

@@ -86,10 +86,10 @@ def fused_experts(
             )
         weights = (_as_list("up", up), _as_list("down", down), _as_list("up_bias", up_bias),
                    _as_list("down_bias", down_bias))  # fmt: skip
-    switches = (activation, recompute, weight_before_down)
+    options = (activation, recompute, weight_before_down)
     if isinstance(topk_ids, DispatchPlan):
-        return torch.ops.turnout.experts(x, topk_weights, *topk_ids, *weights, *switches)
-    return torch.ops.turnout.fused_experts(x, topk_ids, topk_weights, *weights, *switches)
+        return torch.ops.turnout.experts(x, topk_weights, *topk_ids, *weights, *options)
+    return torch.ops.turnout.fused_experts(x, topk_ids, topk_weights, *weights, *options)
 
 
 def prepack(
