@@ -80,15 +80,6 @@ std::vector<std::string> router_preset_names();
 /// @throws c10::ValueError naming the option that is impossible for so many experts, what it is and what it may be
 void check(const RouterOptions& options, int64_t top_k, int64_t num_experts);
 
-/// The gate: x · weightᵀ + bias, as torch::nn::Linear computes it, but with the same bits at any number of threads.
-///
-/// @param x [tokens, hidden]; weight [experts, hidden] and bias [experts] (or undefined) of x's type
-/// @return [tokens, experts] of x's type
-/// @throws c10::ValueError or c10::TypeError naming the argument, what it got and what it expected
-/// Gradient: to all three; double backward works, by ATen calls. A NaN or Inf token harms only its own row.
-/// Deterministic at any thread count, forward and backward, in float32 and bfloat16 on the CPU (others: at::linear).
-at::Tensor gate_logits(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias = {});
-
 /// Ids of the k largest scores of each row, largest first.
 ///
 /// Ties go to the lower id on every device and at any thread count (at::topk promises no order). NaN ranks above

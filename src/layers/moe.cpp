@@ -1,5 +1,7 @@
 // The MoE layer: gate → route → capacity → plan → experts, and the losses; and its blend with a dense block.
 #include <turnout/moe.h>
+
+#include <turnout/gate.h>
 #include <turnout/router_variants.h>
 #include <turnout/exchange.h>
 

@@ -3,7 +3,7 @@
 
 #include "checks.h"
 
-#include <turnout/router.h>
+#include <turnout/gate.h>
 
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
