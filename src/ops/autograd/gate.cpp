@@ -26,6 +26,7 @@ class GateLogits : public Function<GateLogits> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& weight,
                             const std::optional<at::Tensor>& bias) {
     context->save_for_backward({x, weight});
+    context->saved_data["bias"] = bias.has_value();
     at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find<ForwardSignature>("turnout::gate_logits");
     return op.call(x, weight, bias);
@@ -34,8 +35,9 @@ class GateLogits : public Function<GateLogits> {
   static variable_list backward(AutogradContext* context, variable_list grads) {
     const auto saved = context->get_saved_variables();
     const auto &x = saved[0], &weight = saved[1], &grad = grads[0];
-    std::array<bool, 3> needs{};
-    for (size_t i = 0; i < needs.size(); ++i) needs[i] = context->needs_input_grad(i);
+    // an input that is not given has no edge to ask
+    const bool bias = context->saved_data["bias"].toBool() && context->needs_input_grad(2);
+    const std::array<bool, 3> needs{context->needs_input_grad(0), context->needs_input_grad(1), bias};
     if (at::GradMode::is_enabled())
       return {needs[0] ? grad.matmul(weight) : at::Tensor(), needs[1] ? grad.t().matmul(x) : at::Tensor(),
               needs[2] ? grad.sum(0) : at::Tensor()};
