@@ -23,8 +23,9 @@ void check_ids(const char* op, const at::Tensor& topk_ids) {
                     ", expected top_k of at least 1");
 }
 
-// Values of choices summed by group and expert. Choices that are not sent go to a column of their own, which is cut off.
-at::Tensor sum_by_expert(const at::Tensor& ids_GN, const at::Tensor& values_GN, int64_t num_experts, const char* assertion) {
+// Values of choices summed by group and expert. What is not sent goes to a column of its own, which is cut off.
+at::Tensor sum_by_expert(const at::Tensor& ids_GN, const at::Tensor& values_GN, int64_t num_experts,
+                         const char* assertion) {
   at::_assert_async(ids_GN.lt(num_experts).all(), assertion);
   const auto column_GN = at::where(ids_GN.lt(0), num_experts, ids_GN.to(at::kLong));
   return at::zeros_symint({ids_GN.sym_size(0), num_experts + 1}, values_GN.options())

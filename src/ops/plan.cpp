@@ -80,6 +80,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> apply_capacity_op(
   return apply_capacity_symint(topk_ids, topk_weights, num_experts, std::move(group_size), options);
 }
 
+// The order of the operations is the sources': it decides where a product falls on a whole number.
+double places_of_factor(const CapacityOptions& options, double tokens, double choices, double experts) {
+  switch (options.rounding) {
+    case CapacityRounding::ceil:
+      return std::ceil(tokens * choices / experts * options.factor);
+    case CapacityRounding::floor:
+      return std::floor(tokens * choices * options.factor / experts);
+    case CapacityRounding::share:
+      return choices * std::floor(options.factor * std::ceil(tokens / experts));
+  }
+  TORCH_INTERNAL_ASSERT(false, "a rounding without a rule");
+}
+
 int64_t expert_capacity_op(double factor, int64_t fixed, int64_t minimum, c10::string_view rounding,
                            bool count_choices, int64_t group_tokens, int64_t top_k, int64_t num_experts) {
   CapacityOptions options;
@@ -131,13 +144,9 @@ int64_t expert_capacity(const CapacityOptions& options, int64_t group_tokens, in
   ops::check_at_least(kOp, "num_experts", num_experts, 1);
   if (options.fixed > 0) return options.fixed;
   if (options.dropless()) return group_tokens;
-  const auto tokens = static_cast<double>(group_tokens), experts = static_cast<double>(num_experts);
-  const double counted = options.count_choices ? static_cast<double>(top_k) : 1.0;
-  const double choices = tokens * counted;
-  // The order of the operations is the sources': it decides where a product falls on a whole number.
-  const double rounded = options.rounding == CapacityRounding::ceil    ? std::ceil(choices / experts * options.factor)
-                         : options.rounding == CapacityRounding::floor ? std::floor(choices * options.factor / experts)
-                                                                       : counted * std::floor(options.factor * std::ceil(tokens / experts));
+  const double rounded = places_of_factor(options, static_cast<double>(group_tokens),
+                                          options.count_choices ? static_cast<double>(top_k) : 1.0,
+                                          static_cast<double>(num_experts));
   const bool all = rounded >= static_cast<double>(group_tokens);  // an expert takes a token once
   return std::max({all ? group_tokens : static_cast<int64_t>(rounded), options.minimum, int64_t{1}});
 }

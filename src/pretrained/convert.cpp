@@ -75,9 +75,17 @@ class Conversion {
     for (const auto& [name, tensor] : all) {
       if (name.ends_with(kScale) && all.count(name.substr(0, name.size() - std::string(kScale).size()))) continue;
       const auto scale = all.find(name + kScale);
-      rest[name] = scale == all.end() ? tensor : decode_fp8_blocks(tensor, scale->second, config_.fp8_block);
+      rest[name] = scale == all.end() ? tensor : decode(name, tensor, scale->second);
     }
     write_shard(rest);
+  }
+
+  at::Tensor decode(const std::string& name, const at::Tensor& tensor, const at::Tensor& scale) const {
+    try {
+      return decode_fp8_blocks(tensor, scale, config_.fp8_block);
+    } catch (const c10::Error& error) {
+      throw FileError(from_ + ": tensor '" + name + "': " + error.what_without_backtrace());
+    }
   }
 
   void write_shard(const Tensors& tensors) {

@@ -58,12 +58,3 @@ def test_z_loss() -> None:
     )
     logits = torch.randn(7, 5, dtype=torch.float64)
     assert_close(turnout.z_loss(logits), logits.exp().sum(-1).log().square().mean(), terms=12)
-
-
-@pytest.mark.filterwarnings("ignore")  # deprecations inside the package
-def test_z_loss_of_st_moe() -> None:
-    from st_moe_pytorch.st_moe_pytorch import TopNGating
-
-    gate = TopNGating(dim=8, num_gates=4)
-    x = torch.randn(2, 16, 8)
-    assert_close(turnout.z_loss(gate.to_gates(x).reshape(-1, 4)), gate(x)[3], terms=64)

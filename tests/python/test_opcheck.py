@@ -91,8 +91,9 @@ CASES = {
 
 # opcheck adds all outputs up, beginning with the first, and cannot add float to int64: these are compiled elsewhere.
 INTEGERS_FIRST = {
-    "route", "route_forward", "route_top2", "route_chosen", "route_expert_choice", "route_sinkhorn", "limit_capacity", "routing_statistics"
-}
+    "route", "route_forward", "route_top2", "route_chosen", "route_expert_choice", "route_sinkhorn", "limit_capacity",
+    "routing_statistics",
+}  # fmt: skip
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 # opcheck's test of the schema multiplies the inputs, which torch cannot do in float8.
 FLOAT8_CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")

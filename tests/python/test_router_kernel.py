@@ -51,7 +51,8 @@ def test_second_derivative() -> None:
         torch.manual_seed(2)
         x = torch.randn(8, 6).to(dtype).requires_grad_()
         routing = turnout.route(x, 2, score="sigmoid")
-        [grad] = torch.autograd.grad(routing.topk_weights.square().sum() + routing.scores.square().sum(), x, create_graph=True)
+        loss = routing.topk_weights.square().sum() + routing.scores.square().sum()
+        [grad] = torch.autograd.grad(loss, x, create_graph=True)
         [second] = torch.autograd.grad(grad.square().sum(), x)
         if dtype == torch.float32:
             single = (grad.detach(), second)
