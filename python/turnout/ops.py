@@ -103,6 +103,16 @@ class DispatchTensors(NamedTuple):
     """[T, E, capacity] its weight there"""
 
 
+def gate_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x · weightᵀ + bias, as nn.Linear computes it, but with the same bits at any number of threads.
+
+    x: [T, D]; weight: [E, D] and bias: [E], of x's type. Returns [T, E] of x's type.
+    Gradient: to all three; double backward works. Deterministic at any thread count, forward and backward, in float32
+    and bfloat16 on the CPU. A NaN token harms only its own row.
+    """
+    return _ops.gate_logits(x, weight, bias)
+
+
 def topk(scores: Tensor, top_k: int) -> Tensor:
     """Ids of the top_k largest scores of each row, largest first: [..., E] → [..., K] int64.
 

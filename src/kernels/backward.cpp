@@ -47,6 +47,7 @@ class Backward {
         grad_(grad),
         saved_(static_cast<const char*>(saved_up)),
         bf16_(q.dtype == DType::bf16),
+        paired_(bf16_ && !s.wide_rows),
         threads_(std::max(parallel.threads, 1)),
         items_(items_of(q)),
         batches_(batches_of(items_, std::max(items_.empty() ? 0 : items_.front().rows, kBatchRows))) {
@@ -62,6 +63,7 @@ class Backward {
   }
 
  private:
+  int64_t row_words(int64_t rows) const { return words_of(rows, paired_); }  // of a panel over rows
   int64_t element() const { return static_cast<int64_t>(size_of(q_.dtype)); }
   int64_t ffn_panels() const { return div_up(q_.ffn, s_.panel); }
   int64_t hidden_panels() const { return div_up(q_.hidden, s_.panel); }
@@ -72,12 +74,13 @@ class Backward {
     for (const Batch& b : batches_) {
       ring_rows_ = std::max(ring_rows_, b.rows);
       int64_t words = 0;
-      for (size_t i = b.first; i < b.last; ++i) words += words_of(items_[i].rows, bf16_);
+      for (size_t i = b.first; i < b.last; ++i) words += row_words(items_[i].rows);
       ring_words_ = std::max(ring_words_, words);
     }
-    du_stride_ = padded_row(q_.up_rows(), s_.panel, size_of(q_.dtype));
+    const int64_t of_row = row_element(s_, bf16_);
+    du_stride_ = padded_row(q_.up_rows(), s_.panel, static_cast<size_t>(of_row));
     slot_stride_ = padded_row(q_.hidden, s_.panel, 4) / 4;
-    const int64_t row = du_stride_ + (saved_ ? 0 : q_.up_rows() * element()) + (q_.hidden + q_.ffn) * element();
+    const int64_t row = du_stride_ + (saved_ ? 0 : q_.up_rows() * element()) + (q_.hidden + q_.ffn) * of_row;
     ring_ = std::min(batches_.size(), row * ring_rows_ * static_cast<int64_t>(kRing) > kRingBytes ? 2 : kRing);
     for (size_t b = 0; b < batches_.size(); ++b) {
       int64_t at = static_cast<int64_t>(b % ring_) * ring_rows_, word = static_cast<int64_t>(b % ring_) * ring_words_;
@@ -85,14 +88,14 @@ class Backward {
         items_[i].slot_row = at;
         items_[i].slot_word = word;
         at += items_[i].rows;
-        word += words_of(items_[i].rows, bf16_);
+        word += row_words(items_[i].rows);
       }
     }
   }
 
   /// Outputs of a weight gradient that a task takes: as many as its packed columns fit beside.
   int64_t weight_span(int64_t rows) const {
-    const int64_t words = std::min(words_of(rows, bf16_), kWeightChunkWords);
+    const int64_t words = std::min(row_words(rows), kWeightChunkWords);
     return std::max<int64_t>(1, std::min<int64_t>(kStripWords / words / s_.weight_rows, 8)) * s_.weight_rows;
   }
 
@@ -162,7 +165,7 @@ class Backward {
   int64_t weight_bytes() const {
     int64_t bytes = 0;
     for (const Item& it : items_) {
-      const int64_t words = words_of(it.rows, bf16_), span = weight_span(it.rows);
+      const int64_t words = row_words(it.rows), span = weight_span(it.rows);
       const int64_t columns = round_up(std::max(q_.hidden, q_.ffn), s_.panel);
       const int64_t sums = words > kWeightChunkWords ? span * columns * 4 : 0;
       bytes = std::max(bytes, round_up(span * std::min(words, kWeightChunkWords) * 4, 64) + sums);
@@ -178,8 +181,8 @@ class Backward {
     m_.weight = a.take<float>(q_.rows);
     m_.expert = a.take<int64_t>(q_.rows);
     m_.dots = a.take<float>(q_.rows * ffn_panels());
-    m_.x_padded = a.take<char>(TokenRows::padded_bytes(q_));
-    m_.g_padded = a.take<char>(TokenRows::padded_bytes(q_));
+    m_.x_copies = a.take<char>(TokenRows::copied_bytes(s_, q_));
+    m_.g_copies = a.take<char>(TokenRows::copied_bytes(s_, q_));
     m_.u = a.take<char>(saved_ ? 0 : rows * q_.up_rows() * element());
     m_.du = a.take<char>(rows * du_stride_);
     m_.wh = a.take<char>(wants_down() ? words * ffn_panels() * s_.panel * 4 : 0);
@@ -189,8 +192,8 @@ class Backward {
   }
 
   void fill(const void* grad_y, int64_t grad_y_stride, const ParallelFor& parallel) {
-    const TokenRows x(q_, q_.x, q_.x_stride, m_.x_padded, parallel);
-    const TokenRows g(q_, grad_y, grad_y_stride, m_.g_padded, parallel);
+    const TokenRows x(s_, q_, q_.x, q_.x_stride, m_.x_copies, parallel);
+    const TokenRows g(s_, q_, grad_y, grad_y_stride, m_.g_copies, parallel);
     for (int64_t r = 0; r < q_.rows; ++r) {
       m_.x_rows[r] = x.base + q_.token_of_row[r] * x.stride;
       m_.g_rows[r] = g.base + q_.token_of_row[r] * g.stride;
@@ -275,14 +278,14 @@ class Backward {
     const char **x_rows, **g_rows, **du_rows;
     float *weight, *dots, *slots;
     int64_t* expert;
-    char *x_padded, *g_padded, *u, *du, *wh, *xp, *workers;
+    char *x_copies, *g_copies, *u, *du, *wh, *xp, *workers;
   };
 
   const Stages& s_;
   const ExpertsProblem& q_;
   const ExpertsGradients& grad_;
   const char* saved_;
-  const bool bf16_;
+  const bool bf16_, paired_;  // paired: words over rows hold two
   const int threads_;
   std::vector<Item> items_;
   const std::vector<Batch> batches_;

@@ -22,29 +22,6 @@ inline int64_t worker_bytes(const Stages& s, int64_t weight) {
   return round_up(std::max(strips + sums + rows, weight), 4096) + 64;
 }
 
-/// Rows of x (or grad_y) as the products read them: in place, or, where bf16 rows have an odd length, copies padded
-/// by a zero, since products read words of two.
-struct TokenRows {
-  const char* base;
-  int64_t stride;  ///< bytes
-
-  static int64_t padded_bytes(const ExpertsProblem& q) {
-    return q.dtype == DType::bf16 && q.hidden % 2 != 0 ? q.tokens * (q.hidden + 1) * 2 : 0;
-  }
-  TokenRows(const ExpertsProblem& q, const void* rows, int64_t row_stride, char* padded, const ParallelFor& parallel)
-      : base(static_cast<const char*>(rows)), stride(row_stride * static_cast<int64_t>(size_of(q.dtype))) {
-    if (padded_bytes(q) == 0) return;
-    const int64_t to = (q.hidden + 1) * 2;
-    parallel(q.tokens, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        std::memcpy(padded + t * to, base + t * stride, static_cast<size_t>(q.hidden) * 2);
-        std::memset(padded + t * to + q.hidden * 2, 0, 2);
-      }
-    });
-    base = padded;
-    stride = to;
-  }
-};
 
 /// The routing weight of each row.
 inline void weights_of_rows(const ExpertsProblem& q, float* weight) {
@@ -59,6 +36,39 @@ inline int64_t padded_row(int64_t columns, int64_t panel, size_t element) {
   const int64_t bytes = round_up(columns, panel) * static_cast<int64_t>(element);
   return round_up(bytes, 64) + 64;
 }
+
+/// Rows of x (or grad_y) as the products read them: in place, or copies, of bf16 rows that are wide or, since products
+/// read words of two, have an odd length.
+struct TokenRows {
+  const char* base;
+  int64_t stride;  ///< bytes
+
+  static int64_t copied_stride(const Stages& s, const ExpertsProblem& q) {
+    if (q.dtype != DType::bf16 || (q.hidden % 2 == 0 && !s.wide_rows)) return 0;
+    return padded_row(q.hidden, 2, static_cast<size_t>(row_element(s, true)));
+  }
+  static int64_t copied_bytes(const Stages& s, const ExpertsProblem& q) { return q.tokens * copied_stride(s, q); }
+
+  TokenRows(const Stages& s, const ExpertsProblem& q, const void* rows, int64_t row_stride, char* copies,
+            const ParallelFor& parallel)
+      : base(static_cast<const char*>(rows)), stride(row_stride * static_cast<int64_t>(size_of(q.dtype))) {
+    const int64_t to = copied_stride(s, q);
+    if (to == 0) return;
+    parallel(q.tokens, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        char* copy = copies + t * to;
+        if (s.wide_rows) {
+          s.widen(base + t * stride, q.hidden, copy);
+          continue;
+        }
+        std::memcpy(copy, base + t * stride, static_cast<size_t>(q.hidden) * 2);
+        std::memset(copy + q.hidden * 2, 0, 2);
+      }
+    });
+    base = copies;
+    stride = to;
+  }
+};
 
 /// Panels of a task: the whole product where many experts share the work, less where few do, in whole groups.
 inline int64_t span_of(int64_t panels, int64_t words, int64_t items, int threads) {

@@ -36,17 +36,17 @@ struct Memory {
   const char** x_rows;
   const char** h_rows;
   float* weight;  ///< of each row, where it is applied before down
-  char* padded;
+  char* copies;
   char* h;
   float* slots;
   char* workers;
 
-  Memory(Arena& arena, const ExpertsProblem& q, int64_t h_rows_n, int64_t h_stride, int64_t slot_stride, int64_t worker,
+  Memory(Arena& arena, const Stages& s, const ExpertsProblem& q, int64_t h_rows_n, int64_t h_stride, int64_t slot_stride, int64_t worker,
          int threads) {
     x_rows = arena.take<const char*>(q.rows);
     h_rows = arena.take<const char*>(h_rows_n);
     weight = arena.take<float>(q.weight_before_down ? q.rows : 0);
-    padded = arena.take<char>(TokenRows::padded_bytes(q));
+    copies = arena.take<char>(TokenRows::copied_bytes(s, q));
     h = arena.take<char>(h_rows_n * h_stride);
     slots = arena.take<float>(q.rows * slot_stride);
     workers = arena.take<char>(worker * threads);
@@ -73,11 +73,11 @@ void forward_stages(const Stages& s, const ExpertsProblem& q, const PackedExpert
     }
   }
 
-  const int64_t h_stride = padded_row(q.ffn, s.panel, element);
+  const int64_t h_stride = padded_row(q.ffn, s.panel, static_cast<size_t>(row_element(s, bf16)));
   const int64_t slot_stride = padded_row(q.hidden, s.panel, 4) / 4;
   const int64_t worker = worker_bytes(s, 0);
   const auto layout = [&](Arena& a) {
-    return Memory(a, q, static_cast<int64_t>(ring) * ring_rows, h_stride, slot_stride, worker, threads);
+    return Memory(a, s, q, static_cast<int64_t>(ring) * ring_rows, h_stride, slot_stride, worker, threads);
   };
   Arena sizes(nullptr);
   layout(sizes);
@@ -85,7 +85,7 @@ void forward_stages(const Stages& s, const ExpertsProblem& q, const PackedExpert
   Arena arena(scratch.data());
   const Memory m = layout(arena);
 
-  const TokenRows x(q, q.x, q.x_stride, m.padded, parallel);
+  const TokenRows x(s, q, q.x, q.x_stride, m.copies, parallel);
   for (int64_t r = 0; r < q.rows; ++r) m.x_rows[r] = x.base + q.token_of_row[r] * x.stride;
   for (int64_t r = 0; r < static_cast<int64_t>(ring) * ring_rows; ++r) m.h_rows[r] = m.h + r * h_stride;
   if (q.weight_before_down) weights_of_rows(q, m.weight);

@@ -10,6 +10,7 @@
 namespace turnout::kernels {
 
 /// Rows whose words are read in place; `max_rows` of them share a tile (fewer where strides collide in the cache).
+/// bf16 rows (of x, h, du, grad_y) are fp32 numbers, rounded to bf16, where Stages::wide_rows, and so are panels over rows.
 struct RowSet {
   const char* const* rows;
   int64_t count;
@@ -112,6 +113,7 @@ struct BiasGradArgs {
 struct Stages {
   int64_t lanes, panel;  ///< words
   int64_t weight_rows;   ///< rows of a weight gradient are handed out in multiples of this
+  bool wide_rows;        ///< bf16 rows are held as fp32 numbers: no dot product of pairs
   void (*up)(const UpArgs&);
   void (*down)(const DownArgs&);
   void (*combine)(const CombineArgs&);
@@ -120,7 +122,8 @@ struct Stages {
   void (*weight_grad)(const WeightGradArgs&);
   void (*pack_rows)(const PackRowsArgs&);
   void (*bias_grad)(const BiasGradArgs&);
-  float (*dot)(const char* a, const char* b, int64_t n, bool bf16);
+  float (*dot)(const char* row, const char* b, int64_t n, bool bf16);
+  void (*widen)(const char* src, int64_t n, char* dst);  ///< bf16 → fp32, padded by a zero to an even number
   void (*pack_up)(const ExpertsProblem&, int64_t expert, int64_t begin, int64_t end, char* dst);
   void (*pack_down)(const ExpertsProblem&, int64_t expert, int64_t begin, int64_t end, char* dst);
 };
@@ -144,6 +147,9 @@ constexpr int64_t kMaxTileRows = 12;
 constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
 constexpr int64_t words_of(int64_t elements, bool bf16) { return bf16 ? (elements + 1) / 2 : elements; }
+
+/// Bytes of an element of a row that products read.
+constexpr int64_t row_element(const Stages& s, bool bf16) { return bf16 && !s.wide_rows ? 2 : 4; }
 
 /// Panels of a reduction of `words` words that are held together.
 constexpr int64_t group_of(int64_t words) {

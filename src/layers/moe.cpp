@@ -1,5 +1,7 @@
 // The MoE layer: gate → route → capacity → plan → experts, and the losses; and its blend with a dense block.
 #include <turnout/moe.h>
+
+#include <turnout/gate.h>
 #include <turnout/router_variants.h>
 #include <turnout/exchange.h>
 
@@ -33,6 +35,12 @@ void check_options(const MoEOptions& options) {
     TORCH_CHECK_VALUE(std::isfinite(value) && value >= 0, kName, ": ", name, " is ", value,
                       ", expected a finite number of at least 0");
   expert_capacity(options.capacity, 0, options.top_k, options.num_experts);  // throws for impossible options
+}
+
+// A linear gate runs by the op that gives the same bits at any number of threads.
+at::Tensor product_of(torch::nn::AnyModule& gate, const at::Tensor& x_TD) {
+  const auto linear = std::dynamic_pointer_cast<torch::nn::LinearImpl>(gate.ptr());
+  return linear ? gate_logits(x_TD, linear->weight, linear->bias) : gate.forward<at::Tensor>(x_TD);
 }
 
 }  // namespace
@@ -86,10 +94,10 @@ at::Tensor MoEImpl::logits_of(const at::Tensor& given_TD) {
   const auto parameters = gate.ptr()->parameters(/*recurse=*/true);
   const auto x_TD = parameters.empty() ? given_TD : given_TD.to(parameters[0].scalar_type());
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  auto logits_TE = gate.forward<at::Tensor>(x_TD);
+  auto logits_TE = product_of(gate, x_TD);
   ops::check_size(kName, "the gate's output", logits_TE, -1, options.num_experts, "num_experts");
   if (!options.noisy || !is_training()) return logits_TE;
-  return noisy_logits(logits_TE, noise_gate->forward(x_TD.to(noise_gate->weight.scalar_type()))).logits;
+  return noisy_logits(logits_TE, gate_logits(x_TD.to(noise_gate->weight.scalar_type()), noise_gate->weight)).logits;
 }
 
 MoEOutput MoEImpl::forward(const at::Tensor& x, const at::Tensor& token_mask) {

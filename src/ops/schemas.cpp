@@ -10,6 +10,10 @@ TORCH_LIBRARY(turnout, m) {
   m.def("kernel_choices() -> (str[] names, str[] reasons)");
   m.def("release_scratch() -> ()");
   // router
+  m.def("gate_logits(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+  m.def(
+      "gate_logits_backward(Tensor grad, Tensor x, Tensor weight, bool[3] needs)"
+      " -> (Tensor x, Tensor weight, Tensor bias)");
   m.def("topk(Tensor scores, int top_k) -> Tensor");
   m.def(
       "route(Tensor logits, int top_k, str weights='normalized', float epsilon=0.0, *, str score='softmax',"

@@ -230,7 +230,7 @@ TEST(MoE, NamesImpossibleOptions) {
   EXPECT_SAYS(with([](auto& o) { o.top_k = 5; }), "top_k is 5, expected 1 to 4 (num_experts)");
   EXPECT_SAYS(with([](auto& o) { o.balance_coefficient = -1; }), "balance_coefficient is -1");
   EXPECT_SAYS(with([](auto& o) { o.capacity.factor = std::nan(""); }), "factor is nan");
-  EXPECT_SAYS(MoE(small())->forward(at::randn({3, 5})), "mat1");
+  EXPECT_SAYS(MoE(small())->forward(at::randn({3, 5})), "gate_logits: weight has shape [4, 6], expected size 5");
   EXPECT_SAYS(FeedForward(FeedForwardOptions{3, 0}), "ffn is 0");
   EXPECT_SAYS(Hybrid(FeedForward(FeedForwardOptions{6, 5}), MoE(small()), 1.5), "alpha is 1.5, expected 0 to 1");
 }

@@ -40,6 +40,8 @@ def packed_arguments() -> tuple[object, ...]:
 
 
 CASES = {
+    "gate_logits": lambda: (leaf(4, 3), leaf(5, 3), leaf(5)),
+    "gate_logits_backward": lambda: (torch.randn(4, 5), torch.randn(4, 3), torch.randn(5, 3), [True] * 3),
     "topk": lambda: (leaf(4, 5), 2),
     "route": lambda: (leaf(4, 5), 2, "normalized"),
     "route_forward": lambda: (leaf(4, 6), 2, "sigmoid", "normalized", 0.1, 2.0, 3, 2, 2, "zero", torch.randn(6)),

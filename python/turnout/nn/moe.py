@@ -13,6 +13,7 @@ from .. import _checks as check
 from .. import losses, ops, routers
 from ..experts import Activation
 from .feed_forward import FeedForward, FeedForwardBank, ModuleExperts
+from .gate import Gate
 
 _NAME = "turnout.MoE"
 
@@ -81,7 +82,7 @@ class MoE(nn.Module):
     activation, bias: of the experts, shared ones included; swiglu and geglu are gated
     shared_ffn: width of a block that every token passes beside its experts, 0: there is none; shared_gated: its output is
       multiplied by σ(shared_gate(x)) (Qwen2-MoE) instead of added as it is (DeepSeek)
-    gate_bias: of the gate, a linear map from hidden to num_experts
+    gate_bias: of the gate, a linear map from hidden to num_experts (nn.Linear, with the same bits at any thread count)
     router: how the experts of a token and their weights follow from the logits: switches of route() by name, or the name
       of a router_preset(); by default softmax, weights divided by their sum. With top_k = 1 only weights="probability"
       lets the output train the gate
@@ -145,7 +146,7 @@ class MoE(nn.Module):
         self.balance_coefficient, self.z_coefficient = balance_coefficient, z_coefficient
 
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.gate = nn.Linear(hidden, num_experts, bias=gate_bias, **where) if gate is None else gate
+        self.gate = Gate(hidden, num_experts, bias=gate_bias, **where) if gate is None else gate
         if experts is None:
             self.experts: nn.Module = FeedForwardBank(hidden, ffn, num_experts, activation, bias, **where)
         else:
@@ -154,7 +155,7 @@ class MoE(nn.Module):
         self.register_buffer("selection_bias", bias_made)
         self.jitter, self.jitter_experts = jitter, jitter_experts
         routers.jitter(torch.zeros(0), jitter)  # raises for an impossible amount
-        self.noise_gate = nn.Linear(hidden, num_experts, bias=False, **where) if noisy else None
+        self.noise_gate = Gate(hidden, num_experts, bias=False, **where) if noisy else None
         if self.noise_gate is not None:
             nn.init.zeros_(self.noise_gate.weight)
         self.shared, self.shared_gate = _shared(hidden, shared_ffn, shared_gated, activation, bias, where)

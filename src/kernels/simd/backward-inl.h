@@ -15,6 +15,7 @@ struct HiddenGradEpilogue {
   void operator()(int64_t p, int64_t first, int64_t rows, const float* c) const {
     using Reg = typename V::Reg;
     using S = Stored<V, BF>;
+    using Row = RowOf<V, BF>;
     constexpr int L = V::L, P = 2 * L;
     constexpr bool kGated = is_gated(A);
     const int64_t saved_stride = (kGated ? 2 * ffn : ffn) * S::size;
@@ -32,13 +33,13 @@ struct HiddenGradEpilogue {
           Reg up_slope;
           const Reg gate = h, up = factor<V, A>(S::load_n(u + (ffn + col) * S::size, n), &up_slope);
           h = V::mul(gate, up);
-          S::store_n(du + col * S::size, V::mul(V::mul(wg, up), slope), n);
-          S::store_n(du + (ffn + col) * S::size, V::mul(V::mul(wg, gate), up_slope), n);
+          Row::store_n(du + col * Row::size, V::mul(V::mul(wg, up), slope), n);
+          Row::store_n(du + (ffn + col) * Row::size, V::mul(V::mul(wg, gate), up_slope), n);
         } else {
-          S::store(du + col * S::size, V::mul(wg, slope));  // rows of du have room for a whole panel
+          Row::store(du + col * Row::size, V::mul(wg, slope));  // rows of du have room for a whole panel
         }
         dot = V::fma(g, h, dot);
-        V::store(wh + i * P + j * L, V::mul(w, h));
+        V::store(wh + i * P + j * L, Row::rounded(V::mul(w, h)));
       }
       a.dots[(first + i) * a.dot_stride + p] = V::sum(dot);
     }
@@ -48,8 +49,9 @@ struct HiddenGradEpilogue {
   /// Rows of a panel over rows; bf16 pairs start at even rows, an odd last row is paired with zeros.
   void store_panel(int64_t p, int64_t first, int64_t rows, float* wh) const {
     constexpr int L = V::L, P = 2 * L;
-    char* dst = a.wh + (p * words_of(a.grad_y.count, BF) + (BF ? first / 2 : first)) * 4 * P;
-    if constexpr (BF) {
+    constexpr bool kPairs = BF && !kWideRows<V, BF>;
+    char* dst = a.wh + (p * words_of(a.grad_y.count, kPairs) + (kPairs ? first / 2 : first)) * 4 * P;
+    if constexpr (kPairs) {
       for (int j = 0; j < 2; ++j) V::store(wh + rows * P + j * L, V::zero());
       for (int64_t i = 0; i < rows; i += 2)
         for (int j = 0; j < 2; ++j)
@@ -111,6 +113,7 @@ void pack_columns(const char* const* rows, int64_t count, int64_t col, int64_t n
   }
 }
 
+/// BF: of the gradient as stored.
 template <class V, bool BF>
 void store_gradient(const WeightGradArgs& a, int64_t row, int64_t rows, int64_t panel, const float* c) {
   using S = Stored<V, BF>;
@@ -134,7 +137,8 @@ void store_gradient(const WeightGradArgs& a, int64_t row, int64_t rows, int64_t 
   }
 }
 
-template <class V, bool BF>
+/// BF: of the rows and panels; Out: of the gradient.
+template <class V, bool BF, bool Out>
 void weight_grad_typed(const WeightGradArgs& a) {
   constexpr int64_t P = 2 * V::L;
   constexpr int64_t most = max_rows<V, BF>();
@@ -160,7 +164,7 @@ void weight_grad_typed(const WeightGradArgs& a) {
         float* s = passes == 1 ? local : sums + (q * outputs + f) * P;
         const char* block = strip + f * chunk * 4;
         Tiles<V, BF, false, true>::fn[n](chunk, &block, 0, a.b + (q * words + k0) * 4 * P, s, c > 0, {});
-        if (c + 1 == passes) store_gradient<V, BF>(a, a.begin + f, n, q, s);
+        if (c + 1 == passes) store_gradient<V, Out>(a, a.begin + f, n, q, s);
       }
   }
 }
@@ -178,22 +182,25 @@ void pack_rows_typed(const PackRowsArgs& a) {
 template <class V, bool BF>
 void bias_grad_typed(const BiasGradArgs& a) {
   using S = Stored<V, BF>;
+  using Row = RowOf<V, BF>;
   constexpr int L = V::L;
   for (int64_t col = a.begin; col < a.end; col += L) {
     const int64_t n = a.end - col;
     auto sum = V::zero();
     for (int64_t r = 0; r < a.a.count; ++r)
-      sum = V::fma(V::set1(a.weight ? a.weight[r] : 1.f), S::load_n(a.a.rows[r] + col * S::size, n), sum);
+      sum = V::fma(V::set1(a.weight ? a.weight[r] : 1.f), Row::load_n(a.a.rows[r] + col * Row::size, n), sum);
     S::store_n(a.out + col * S::size, sum, n);
   }
 }
 
+/// A row with a bias.
 template <class V, bool BF>
 float dot_typed(const char* a, const char* b, int64_t n) {
   using S = Stored<V, BF>;
+  using Row = RowOf<V, BF>;
   auto sum = V::zero();
   for (int64_t i = 0; i < n; i += V::L)
-    sum = V::fma(S::load_n(a + i * S::size, n - i), S::load_n(b + i * S::size, n - i), sum);
+    sum = V::fma(Row::load_n(a + i * Row::size, n - i), S::load_n(b + i * S::size, n - i), sum);
   return V::sum(sum);
 }
 

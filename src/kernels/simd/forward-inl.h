@@ -17,6 +17,7 @@ struct UpEpilogue {
   void operator()(int64_t p, int64_t first, int64_t rows, const float* c) const {
     using Reg = typename V::Reg;
     using S = Stored<V, BF>;
+    using Row = RowOf<V, BF>;
     constexpr int L = V::L, P = 2 * L;
     constexpr bool kGated = is_gated(A);
     const int64_t col0 = kGated ? p * L : p * P, col1 = kGated ? ffn + p * L : p * P + L;
@@ -36,10 +37,10 @@ struct UpEpilogue {
       char* h = a.h + (first + i) * a.h_stride;
       const auto weighted = [&](Reg v) { return a.weight ? V::mul(v, V::set1(a.weight[first + i])) : v; };
       if constexpr (kGated) {
-        S::store(h + p * L * S::size, weighted(V::mul(act<V, A>(u0), factor<V, A>(u1))));
+        Row::store(h + p * L * Row::size, weighted(V::mul(act<V, A>(u0), factor<V, A>(u1))));
       } else {
-        S::store(h + p * P * S::size, weighted(act<V, A>(u0)));
-        S::store(h + (p * P + L) * S::size, weighted(act<V, A>(u1)));
+        Row::store(h + p * P * Row::size, weighted(act<V, A>(u0)));
+        Row::store(h + (p * P + L) * Row::size, weighted(act<V, A>(u1)));
       }
     }
   }
@@ -139,6 +140,16 @@ void combine_typed(const CombineArgs& a) {
       for (int64_t j = 0; j < vectors; ++j) S::store_n(y + (col + j * L) * S::size, acc[j], left - j * L);
     }
   }
+}
+
+/// n bf16 numbers as fp32, and a zero where n is odd: words of the weights hold two.
+template <class V>
+void widen(const char* src, int64_t n, char* dst) {
+  int64_t i = 0;
+  for (; i + V::L <= n; i += V::L) V::store(dst + 4 * i, V::load_bf16(src + 2 * i));
+  if (i < n) V::store_n(dst + 4 * i, V::load_bf16_n(src + 2 * i, n - i), n - i);
+  const float zero = 0;
+  if (n % 2 != 0) __builtin_memcpy(dst + 4 * n, &zero, 4);
 }
 
 template <class V, bool BF>

@@ -72,6 +72,7 @@ struct Portable {
     const Bits r = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     return (r & ~nan) | (((u >> 16) | 0x40u) & nan);
   }
+  static TURNOUT_INLINE Reg round_bf16(Reg v) { return (Reg)(rounded(v) << 16); }
   static TURNOUT_INLINE Reg load_bf16_n(const char* p, int64_t n) {
     uint16_t t[4] = {};
     memcpy(t, p, static_cast<size_t>(n) * 2);

@@ -39,6 +39,23 @@ struct Stored {
   }
 };
 
+/// Elements of the rows that products read: as stored, or fp32 numbers that are rounded to bf16 (kWideRows).
+template <class V, bool BF>
+struct RowOf {
+  using Reg = typename V::Reg;
+  using S = Stored<V, BF && !kWideRows<V, BF>>;
+  static constexpr int64_t size = S::size;
+  static TURNOUT_INLINE Reg load_n(const char* p, int64_t n) { return S::load_n(p, n); }
+  static TURNOUT_INLINE void store(char* p, Reg v) { S::store(p, rounded(v)); }
+  static TURNOUT_INLINE void store_n(char* p, Reg v, int64_t n) { S::store_n(p, rounded(v), n); }
+  static TURNOUT_INLINE Reg rounded(Reg v) {
+    if constexpr (kWideRows<V, BF>)
+      return V::round_bf16(v);
+    else
+      return v;
+  }
+};
+
 /// Rows first[0..lanes) of a matrix of row size `bytes`, words [k0, k0 + words), as columns of a half panel.
 /// Rows from `valid` on count as zeros.
 template <class V>
@@ -82,16 +99,19 @@ void pack_natural_panel(const char* const* rows, int64_t count, int64_t col, int
   }
 }
 
-/// Panels packed beforehand.
+/// Panels packed beforehand. As every source: panels [g, g + n), words [k0, k0 + words) of them, into strips or not.
 template <class V>
 struct PackedSource {
   const char* base;
   int64_t words;
-  const char* panel(int64_t p, int64_t k0, int64_t, char*) const { return base + (p * words + k0) * 8 * V::L; }
+  const char* panel(int64_t p, int64_t k0) const { return base + (p * words + k0) * 8 * V::L; }
+  void panels(int64_t g, int64_t n, int64_t k0, int64_t, char*, const char** at) const {
+    for (int64_t p = 0; p < n; ++p) at[p] = panel(g + p, k0);
+  }
   // the next group of panels arrives while this one is used: each of `n` tiles fetches its share
   Ahead ahead(int64_t p, int64_t k0, int64_t chunk, int64_t i, int64_t n) const {
     const int64_t step = 8 * V::L / n;
-    return {panel(p, k0, 0, nullptr) + i * step * chunk, step};
+    return {panel(p, k0) + i * step * chunk, step};
   }
 };
 
@@ -109,6 +129,9 @@ struct TransposedSource {
       pack_transposed_half<V>(half(p, h), bytes, valid(p, h), k0, words, strip + 4 * h * V::L);
     return strip;
   }
+  void panels(int64_t g, int64_t n, int64_t k0, int64_t words, char* strips, const char** at) const {
+    for (int64_t p = 0; p < n; ++p) at[p] = panel(g + p, k0, words, strips + p * words * 8 * V::L);
+  }
   Ahead ahead(int64_t p, int64_t, int64_t chunk, int64_t i, int64_t n) const {
     const int h = 2 * i >= n ? 1 : 0;
     const int64_t share = n > 1 ? n / 2 : 1, step = 4 * V::L / share, j = h ? i - (n + 1) / 2 : i;
@@ -122,16 +145,29 @@ struct NaturalSource {
   const char* weight;
   int64_t outputs, reduction;
   const char** rows;  ///< room for the row pointers of a chunk
-  const char* panel(int64_t p, int64_t k0, int64_t words, char* strip) const {
+  static constexpr int64_t kBlock = 16;  // rows packed together for all panels, so that a row is read in one go
+
+  void panels(int64_t g, int64_t n, int64_t k0, int64_t words, char* strips, const char** at) const {
+    constexpr int64_t P = 2 * V::L, size = Stored<V, BF>::size;
     const int64_t per = BF ? 2 : 1, first = k0 * per;
     const int64_t count = first + words * per > reduction ? reduction - first : words * per;
-    for (int64_t k = 0; k < count; ++k) rows[k] = weight + (first + k) * outputs * Stored<V, BF>::size;
-    pack_natural_panel<V, BF>(rows, count, p * 2 * V::L, outputs - p * 2 * V::L, strip);
-    return strip;
+    for (int64_t k = 0; k < count; ++k) rows[k] = weight + (first + k) * outputs * size;
+    const int64_t begin = g * P * size, end = (g + n) * P < outputs ? begin + n * P * size : outputs * size;
+    for (int64_t r = 0; r < count; r += kBlock) {
+      const int64_t next = r + kBlock, m = count - r < kBlock ? count - r : kBlock;
+      for (int64_t k = next; k < next + kBlock && k < count; ++k)
+        for (int64_t b = begin; b < end; b += 64) __builtin_prefetch(rows[k] + b, 0, 2);
+      for (int64_t p = 0; p < n; ++p)
+        pack_natural_panel<V, BF>(rows + r, m, (g + p) * P, outputs - (g + p) * P,
+                                  strips + (p * words + words_of(r, BF)) * 4 * P);
+    }
+    for (int64_t p = 0; p < n; ++p) at[p] = strips + p * words * 4 * P;
   }
-  // a word's line (bf16: the lines of its two rows, by turns)
+  // a word's line (bf16: the lines of its two rows, by turns), once; not where the rows' lines push each other out of
+  // the cache before they are packed: rows of a multiple of 4 KB share a 32nd of a 2 MB cache
   Ahead ahead(int64_t p, int64_t k0, int64_t, int64_t i, int64_t) const {
     const int64_t row = outputs * Stored<V, BF>::size;
+    if (i > 1 || (row & 4095) == 0) return {weight, 0};
     const char* at = weight + k0 * (BF ? 2 : 1) * row + p * 2 * V::L * Stored<V, BF>::size;
     return BF ? Ahead{at + (i & 1) * row, 2 * row} : Ahead{at + (i & 1) * 64, row};
   }
@@ -191,14 +227,14 @@ void sweep(const RowSet& a, int64_t words, int64_t begin, int64_t end, const Sou
       const char* panels[8];
       for (int64_t c = 0; c < passes; ++c) {
         const int64_t k0 = words * c / passes, chunk = words * (c + 1) / passes - k0;
-        for (int64_t p = 0; p < n; ++p) panels[p] = source.panel(g + p, k0, chunk, memory.strips + p * chunk * 4 * P);
+        source.panels(g, n, k0, chunk, memory.strips, panels);
         for (int64_t i = 0; i < nb; ++i) {
           const int64_t first = block_begin(m, nb, i), rows = block_begin(m, nb, i + 1) - first;
           const TileFn fn = nb == 1 ? Tiles<V, BF, true, false>::fn[rows] : Tiles<V, BF, false, false>::fn[rows];
           for (int64_t p = 0; p < n; ++p) {
             float* sums = passes == 1 ? local : memory.sums + (p * m + first) * P;
             const int64_t next = g + p + group < end ? g + p + group : g + p;
-            fn(chunk, a.rows + r0 + first, 4 * k0, panels[p], sums, c > 0, source.ahead(next, k0, chunk, i, nb));
+            fn(chunk, a.rows + r0 + first, kWordBytes<V, BF> * k0, panels[p], sums, c > 0, source.ahead(next, k0, chunk, i, nb));
             if (c + 1 == passes) epilogue(g + p, r0 + first, rows, sums);
           }
         }

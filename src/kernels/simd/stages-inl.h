@@ -22,9 +22,12 @@ struct Body {
     bf16(*a.problem) ? input_grad_typed<V, true>(a) : input_grad_typed<V, false>(a);
   }
   static void weight_grad(const WeightGradArgs& a) {
-    a.bf16 ? weight_grad_typed<V, true>(a) : weight_grad_typed<V, false>(a);
+    if (!a.bf16) return weight_grad_typed<V, false, false>(a);
+    weight_grad_typed<V, !kWideRows<V, true>, true>(a);
   }
-  static void pack_rows(const PackRowsArgs& a) { a.bf16 ? pack_rows_typed<V, true>(a) : pack_rows_typed<V, false>(a); }
+  static void pack_rows(const PackRowsArgs& a) {
+    a.bf16 ? pack_rows_typed<V, !kWideRows<V, true>>(a) : pack_rows_typed<V, false>(a);
+  }
   static void bias_grad(const BiasGradArgs& a) { a.bf16 ? bias_grad_typed<V, true>(a) : bias_grad_typed<V, false>(a); }
   static float dot(const char* a, const char* b, int64_t n, bool bf) {
     return bf ? dot_typed<V, true>(a, b, n) : dot_typed<V, false>(a, b, n);
@@ -36,11 +39,22 @@ struct Body {
     bf16(q) ? pack_down_typed<V, true>(q, e, begin, end, dst) : pack_down_typed<V, false>(q, e, begin, end, dst);
   }
 
-  static constexpr Stages kStages = {V::L,        2 * V::L,   8 * max_rows<V, false>(),
-                                     up,          down,       combine,
-                                     hidden_grad, input_grad, weight_grad,
-                                     pack_rows,   bias_grad,  dot,
-                                     pack_up,     pack_down};
+  static constexpr Stages kStages = {V::L,
+                                     2 * V::L,
+                                     8 * max_rows<V, false>(),
+                                     kWideRows<V, true>,
+                                     up,
+                                     down,
+                                     combine,
+                                     hidden_grad,
+                                     input_grad,
+                                     weight_grad,
+                                     pack_rows,
+                                     bias_grad,
+                                     dot,
+                                     widen<V>,
+                                     pack_up,
+                                     pack_down};
 };
 
 }  // namespace

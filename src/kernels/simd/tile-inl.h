@@ -15,6 +15,15 @@ constexpr int max_rows() {
   return BF ? V::kRowsBf16 : V::kRows;
 }
 
+/// Rows of bf16 (x, h, du, grad_y) are held as fp32 numbers where the CPU has no dot product of pairs: then only the
+/// panels are split into numbers as they are used, once for all rows of a tile.
+template <class V, bool BF>
+constexpr bool kWideRows = BF && !V::kBf16Dot;
+
+/// Bytes that a word of the reduction takes in a row.
+template <class V, bool BF>
+constexpr int64_t kWordBytes = kWideRows<V, BF> ? 8 : 4;
+
 /// Where a tile's reads ahead go: a line at p, then one every `step` bytes, a line a word of the reduction.
 struct Ahead {
   const char* p;
@@ -27,7 +36,8 @@ template <class V, bool BF, int MR, bool Stream, bool Packed>
 void tile(int64_t words, const char* const* rows, int64_t k0, const char* b, float* c, bool add, Ahead ahead) {
   using Reg = typename V::Reg;
   constexpr int L = V::L, P = 2 * L;
-  constexpr bool Split = BF && !V::kBf16Dot;
+  constexpr bool Wide = kWideRows<V, BF>;
+  static_assert(!(Wide && Packed), "packed rows of wide bf16 are those of fp32");
   Reg acc[MR][2];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
@@ -40,6 +50,8 @@ void tile(int64_t words, const char* const* rows, int64_t k0, const char* b, flo
 #pragma GCC unroll 4
   for (int64_t k = 0; k < words; ++k) {
     const Reg b0 = V::load(b), b1 = V::load(b + 4 * L);
+    const Reg low0 = Wide ? V::low(b0) : b0, low1 = Wide ? V::low(b1) : b1;
+    const Reg high0 = Wide ? V::high(b0) : b0, high1 = Wide ? V::high(b1) : b1;
     if constexpr (Stream) {
       __builtin_prefetch(b + 8192);
       __builtin_prefetch(b + 8192 + 64);
@@ -49,14 +61,15 @@ void tile(int64_t words, const char* const* rows, int64_t k0, const char* b, flo
     }
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
-      const Reg w = V::word(Packed ? a + 4 * i : row[i] + 4 * k);
+      const char* at = Packed ? a + 4 * i : row[i] + kWordBytes<V, BF> * k;
+      const Reg w = V::word(at);
       if constexpr (!BF) {
         acc[i][0] = V::fma(w, b0, acc[i][0]);
         acc[i][1] = V::fma(w, b1, acc[i][1]);
-      } else if constexpr (Split) {
-        const Reg lo = V::low(w), hi = V::high(w);
-        acc[i][0] = V::fma(hi, V::high(b0), V::fma(lo, V::low(b0), acc[i][0]));
-        acc[i][1] = V::fma(hi, V::high(b1), V::fma(lo, V::low(b1), acc[i][1]));
+      } else if constexpr (Wide) {
+        const Reg second = V::word(at + 4);
+        acc[i][0] = V::fma(second, high0, V::fma(w, low0, acc[i][0]));
+        acc[i][1] = V::fma(second, high1, V::fma(w, low1, acc[i][1]));
       } else {
         acc[i][0] = V::dot(w, b0, acc[i][0]);
         acc[i][1] = V::dot(w, b1, acc[i][1]);
@@ -80,31 +93,35 @@ struct Tiles<V, BF, Stream, Packed, std::integer_sequence<int, I...>> {
 };
 
 /// c[i * panel + j] = ⟨rows[i], weights[j]⟩ for MR rows and 4 weights of `bytes` bytes, fetching `next` bytes ahead.
+/// A step takes the elements of one register of weights: words, or, where rows are wide, a register of bf16 numbers.
 template <class V, bool BF, int MR>
 void dots(int64_t bytes, const char* const* rows, const char* const* weights, int64_t next, float* c) {
   using Reg = typename V::Reg;
-  constexpr int B = 4 * V::L;
+  constexpr bool Wide = kWideRows<V, BF>;
+  constexpr int B = (Wide ? 2 : 4) * V::L, R = Wide ? 2 : 1;  // bytes of weights a step, and of a row for each of them
   Reg acc[MR][4];
   for (int i = 0; i < MR; ++i)
     for (int j = 0; j < 4; ++j) acc[i][j] = V::zero();
   const auto step = [&](const Reg(&x)[MR], const Reg(&w)[4]) __attribute__((always_inline)) {
     for (int j = 0; j < 4; ++j)
-      for (int i = 0; i < MR; ++i) acc[i][j] = BF ? V::dot(x[i], w[j], acc[i][j]) : V::fma(x[i], w[j], acc[i][j]);
+      for (int i = 0; i < MR; ++i)
+        acc[i][j] = BF && !Wide ? V::dot(x[i], w[j], acc[i][j]) : V::fma(x[i], w[j], acc[i][j]);
   };
   int64_t k = 0;
   for (; k + B <= bytes; k += B) {
     Reg x[MR], w[4];
-    for (int i = 0; i < MR; ++i) x[i] = V::load(rows[i] + k);
+    for (int i = 0; i < MR; ++i) x[i] = V::load(rows[i] + R * k);
     for (int j = 0; j < 4; ++j) {
-      w[j] = V::load(weights[j] + k);
+      w[j] = Wide ? V::load_bf16(weights[j] + k) : V::load(weights[j] + k);
       __builtin_prefetch(weights[j] + next + k);
     }
     step(x, w);
   }
   if (k < bytes) {
     Reg x[MR], w[4];
-    for (int i = 0; i < MR; ++i) x[i] = V::load_bytes(rows[i] + k, bytes - k);
-    for (int j = 0; j < 4; ++j) w[j] = V::load_bytes(weights[j] + k, bytes - k);
+    for (int i = 0; i < MR; ++i) x[i] = V::load_bytes(rows[i] + R * k, R * (bytes - k));
+    for (int j = 0; j < 4; ++j)
+      w[j] = Wide ? V::load_bf16_n(weights[j] + k, (bytes - k) / 2) : V::load_bytes(weights[j] + k, bytes - k);
     step(x, w);
   }
   for (int i = 0; i < MR; ++i)

@@ -85,6 +85,7 @@ struct Avx2 {
   static TURNOUT_INLINE Reg widen(__m128i v) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
   }
+  static TURNOUT_INLINE Reg round_bf16(Reg v) { return _mm256_castsi256_ps(_mm256_slli_epi32(rounded(v), 16)); }
   static TURNOUT_INLINE __m128i load16(const char* p, int64_t n) {
     if (n >= L) return _mm_loadu_si128((const __m128i*)p);
     alignas(16) char t[16] = {};

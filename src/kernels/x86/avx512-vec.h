@@ -85,6 +85,7 @@ struct Avx512 {
   static TURNOUT_INLINE Reg widen(__m256i v) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
   }
+  static TURNOUT_INLINE Reg round_bf16(Reg v) { return widen(narrow(v)); }
   static TURNOUT_INLINE __m256i load16(const char* p, int64_t n) {
     return _mm256_maskz_loadu_epi16(static_cast<__mmask16>(n >= L ? 0xffffu : (1u << n) - 1), p);
   }
