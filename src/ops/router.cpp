@@ -1,5 +1,5 @@
-// Router: the public calls. On the CPU a kernel makes scores, choice and weights in one pass over each token; elsewhere,
-// and in types that the kernel does not serve, they are composed of differentiable calls (router_composed.cpp).
+// Router: the public calls. On the CPU a kernel makes scores, choice and weights in one pass over each token; elsewhere
+// and in types that it does not serve, they are composed of differentiable calls (router_composed.cpp).
 #include <turnout/router_variants.h>
 
 #include "checks.h"
@@ -97,7 +97,8 @@ ops::RoutingTuple route_op(const at::Tensor& logits, int64_t top_k, c10::string_
   auto options = ops::router_options(score, weights, epsilon, scale, groups, kept_groups, group_top, group_mask);
   options.precision = parse_router_precision(std::string(precision));
   options.cast_weights = cast_weights;
-  auto routing = route(logits, top_k, options, selection_bias.value_or(at::Tensor()), token_mask.value_or(at::Tensor()));
+  auto routing =
+      route(logits, top_k, options, selection_bias.value_or(at::Tensor()), token_mask.value_or(at::Tensor()));
   return {routing.topk_ids, routing.topk_weights, routing.scores};
 }
 

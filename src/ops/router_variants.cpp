@@ -43,7 +43,8 @@ ExpertChoice route_expert_choice(const at::Tensor& logits, int64_t capacity, int
     if (token_mask.defined()) choice_TE = choice_TE.masked_fill(token_mask.logical_not().unsqueeze(-1), -2);
     const auto choice_GEn =
         choice_TE.reshape_symint({tokens / n, n, num_experts}).transpose(1, 2).contiguous();
-    const auto picked_GEn = at::zeros_like(choice_GEn, at::kBool).scatter(-1, turnout::topk(choice_GEn, capacity), true);
+    const auto best_GEC = turnout::topk(choice_GEn, capacity);
+    const auto picked_GEn = at::zeros_like(choice_GEn, at::kBool).scatter(-1, best_GEC, true);
     picked_TE = picked_GEn.transpose(1, 2).reshape_symint(logits.sym_sizes());
     if (token_mask.defined()) picked_TE = picked_TE.logical_and(token_mask.unsqueeze(-1));
   }

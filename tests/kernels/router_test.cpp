@@ -142,7 +142,7 @@ std::vector<Case> cases() {
         for (const bool bf16 : {false, true}) {
           all.push_back({9, 48, 6, score, weights, 1, 1, 1, biased, bf16});
           all.push_back({9, 48, 6, score, weights, 8, 3, 2, biased, bf16});
-          all.push_back({9, 36, 4, score, weights, 4, 2, 1, biased, bf16, true});
+          all.push_back({9, 36, 14, score, weights, 4, 2, 1, biased, bf16, true});  // zeros beat negative scores
         }
   all.push_back({2, 256, 8, RouterScore::sigmoid, RouterWeight::normalized, 8, 4, 2, true});
   all.push_back({2, kMostExperts, kMostChoices});

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kNoKey = INT64_MIN;    ///< below every key
 constexpr int64_t kAboveKeys = INT64_MAX;  ///< above every key
-constexpr int64_t kKeyIds = 0x7fffffff;  ///< low half of a key: this less the id, so that the lower id is the greater key
+constexpr int64_t kKeyIds = 0x7fffffff;  ///< low half of a key: this less the id, so that lower ids are greater keys
 
 /// Greater scores have greater keys; equal scores (−0 and 0 too) the lower id; NaN has the greatest of all.
 inline int64_t key_of(float score, int64_t id) {

@@ -6,12 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 import turnout
 from hf_families import make_model
+from packaging.version import Version
 from torch import Tensor, nn
 from turnout.hf.models import experts_of
 
 Named = dict[str, Tensor | None]
+
+
+# 5.7's router counts places along an axis of length 1 and so drops nothing; the pinned 5.24 counts them by sequence.
+SWITCH_DROPS = Version(transformers.__version__) >= Version("5.24")
 
 
 @dataclass
@@ -44,6 +50,19 @@ def make_block(family: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     model = make_model(family, dtype)
     name = next(name for name, _ in experts_of(model))
     return model.get_submodule(name.rpartition(".")[0]), model.config
+
+
+def routed_by(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and weights [tokens, top_k] that the block gives to its experts; -1 where Switch drops."""
+    given: list[Tensor] = []
+    hook = block.experts.register_forward_pre_hook(lambda _, arguments: given.extend(arguments[1:3]))
+    with torch.no_grad():
+        block(x)
+    hook.remove()
+    ids, weights = given
+    if ids.dim() == 3:  # Switch: one-hot [tokens, 1, experts]
+        ids = ids.argmax(-1).masked_fill(ids.sum(-1) == 0, -1)
+    return ids, weights
 
 
 def switches(family: str, config: Any) -> dict[str, Any]:

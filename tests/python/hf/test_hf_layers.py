@@ -7,32 +7,15 @@ from importlib import import_module
 
 import pytest
 import torch
-import transformers
 import turnout
 from hf_bounds import assert_as_exact
 from hf_families import EXPERTS, FAMILIES, HIDDEN, TOP_K, make_inputs, make_model
-from hf_layers import CASES, in_turnout, make_block, make_layer
-from packaging.version import Version
+from hf_layers import CASES, SWITCH_DROPS, in_turnout, make_block, make_layer, routed_by
 from torch import Tensor, nn
 
-# 5.7's router counts places along an axis of length 1 and so drops nothing; the pinned 5.24 counts them by sequence.
-SWITCH_DROPS = Version(transformers.__version__) >= Version("5.24")
 families = pytest.mark.parametrize("family", FAMILIES)
 whole_layers = pytest.mark.parametrize("family", [f for f in FAMILIES if SWITCH_DROPS or f != "switch_transformers"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-
-
-def routed_by(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids and weights [tokens, top_k] that the block gives to its experts; -1 where Switch drops."""
-    given: list[Tensor] = []
-    hook = block.experts.register_forward_pre_hook(lambda _, arguments: given.extend(arguments[1:3]))
-    with torch.no_grad():
-        block(x)
-    hook.remove()
-    ids, weights = given
-    if ids.dim() == 3:  # Switch: one-hot [tokens, 1, experts]
-        ids = ids.argmax(-1).masked_fill(ids.sum(-1) == 0, -1)
-    return ids, weights
 
 
 def without_ties(family: str, logits: Tensor, dtype: torch.dtype) -> Tensor:
