@@ -132,31 +132,6 @@ def test_no_tokens(capacity) -> None:
     assert all(not p.grad.any() for p in layer.parameters())
 
 
-def test_padding_takes_no_part() -> None:
-    layer = turnout.MoE(HIDDEN, FFN, EXPERTS, z_coefficient=0.1, capacity=turnout.CapacityOptions(fixed=3))
-    x, mask = torch.randn(2, 8, HIDDEN), torch.rand(2, 8) < 0.6
-    made, alone = layer(x, mask), layer(x[mask])
-    assert torch.equal(made.output[mask], alone.output)
-    assert not made.output[~mask].any()
-    assert torch.equal(made.plan.tokens_per_expert, alone.plan.tokens_per_expert)
-    assert torch.equal(made.dropped, alone.dropped)
-    assert_close(made.aux_loss, alone.aux_loss, 16)
-
-
-def test_jitter_and_noise_are_of_training_alone() -> None:
-    x = torch.randn(50, HIDDEN)
-    for options in ({"jitter": 0.5}, {"jitter": 0.5, "jitter_experts": True}, {"noisy": True}):
-        layer = turnout.MoE(HIDDEN, FFN, EXPERTS, **options)
-        torch.manual_seed(1)
-        first = layer(x).output
-        assert not torch.equal(layer(x).output, first)
-        torch.manual_seed(1)
-        assert torch.equal(layer(x).output, first)
-        plain = turnout.MoE(HIDDEN, FFN, EXPERTS)
-        plain.load_state_dict({k: v for k, v in layer.state_dict().items() if "noise" not in k})
-        assert torch.equal(layer.eval()(x).output, plain(x).output)
-
-
 def test_jitter_in_place_of_the_input() -> None:
     """The experts see what the gate sees: as the layer without jitter on the jittered input."""
     layer = turnout.MoE(HIDDEN, FFN, EXPERTS, jitter=0.3, jitter_experts=True)
