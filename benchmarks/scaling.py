@@ -53,6 +53,10 @@ def fit(results):
     return latency, speed
 
 
+def share(run, plain, exchange):
+    return f"{100 * plain / exchange:.0f} %" if run["ranks"] > 1 else "-"  # one rank exchanges nothing
+
+
 def print_measured(runs):
     print("| shape | type | tokens a rank | ranks | MB one way | plain, ms | exchange, ms | share | experts, ms "
           "| forward, ms (1 / 2 / 4 chunks) | step, ms (1 / 2 / 4 chunks) |")
@@ -63,7 +67,7 @@ def print_measured(runs):
                       for kind in ("forward", "step")]
             plain, exchange = median(r, "plain"), median(r, "exchange")
             print(f"| {r['shape']['name']} | {r['type']} | {r['tokens']} | {run['ranks']} | {r['bytes'] / 1e6:.2f} "
-                  f"| {1e3 * plain:.2f} | {1e3 * exchange:.2f} | {100 * plain / exchange:.0f} % "
+                  f"| {1e3 * plain:.2f} | {1e3 * exchange:.2f} | {share(run, plain, exchange)} "
                   f"| {1e3 * median(r, 'experts'):.1f} | {chunks[0]} | {chunks[1]} |")
 
 
