@@ -1,7 +1,9 @@
 // `turnout compare`: what do experts buy over a dense model of the same FLOPs a token?
 #include "commands.h"
 #include "contest.h"
+#include "layer_trace.h"
 #include "machine.h"
+#include "report.h"
 #include "run_options.h"
 #include "terminal.h"
 
@@ -11,6 +13,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <sstream>
 
 namespace turnout::cli {
 namespace {
@@ -32,13 +35,19 @@ void describe(const LanguageModelOptions& dense, const LanguageModelOptions& moe
   std::fflush(stdout);
 }
 
-void write_results(const CompareOptions& options, const ByteText& text, const Contestant& dense,
-                   const Contestant& moe) {
-  nlohmann::ordered_json json;
+Contestant contestant(const std::string& name, const LanguageModelOptions& model, const TrainingOptions& training,
+                      const std::shared_ptr<const ByteText>& text) {
+  Trainer trainer(make_model(model, training.seed), training, text);
+  Telemetry telemetry(name, trainer);
+  return {.name = name, .trainer = std::move(trainer), .telemetry = std::move(telemetry)};
+}
+
+Json settings_json(const CompareOptions& options, const ByteText& text, const Contestant& dense, const Contestant& moe) {
+  Json json;
   json["results"] = results_json(dense, moe);
-  json["models"] = {{dense.name, nlohmann::ordered_json::parse(to_json(dense.trainer.model->options))},
-                    {moe.name, nlohmann::ordered_json::parse(to_json(moe.trainer.model->options))}};
-  json["training"] = nlohmann::ordered_json::parse(to_json(options.run.training));
+  json["models"] = {{dense.name, Json::parse(to_json(dense.trainer.model->options))},
+                    {moe.name, Json::parse(to_json(moe.trainer.model->options))}};
+  json["training"] = Json::parse(to_json(options.run.training));
   json["text"] = {{"paths", options.run.text},
                   {"digest", fmt::format("{:016x}", text.digest())},
                   {"training_bytes", text.training.size()},
@@ -46,15 +55,44 @@ void write_results(const CompareOptions& options, const ByteText& text, const Co
                   {"held_out_bytes", text.held_out.size()},
                   {"held_out_files", text.held_out_files}};
   json["machine"] = machine_json();
+  return json;
+}
+
+Json lines_json(const std::string& jsonl) {
+  Json list = Json::array();
+  std::istringstream stream(jsonl);
+  for (std::string line; std::getline(stream, line);) list.push_back(Json::parse(line));
+  return list;
+}
+
+// The page shows all that the other files hold, and what the trained routers do with held-out text.
+std::string report(const CompareOptions& options, Json data, const ByteText& text, const Contestant& dense,
+                   const Contestant& moe) {
+  data["subtitle"] = machine_line();
+  data["curves"] = lines_json(curves_jsonl(dense, moe));
+  data["telemetry"] = lines_json(dense.telemetry.jsonl() + moe.telemetry.jsonl());
+  data["layers"] = Json::array();
+  const TrainingOptions& training = options.run.training;
+  const TextWindows windows =
+      windows_of(text.held_out, options.run.model.context, training.batch, training.eval_bytes);
+  for (const LayerTrace& trace : trace_model(moe.trainer.model, windows, training.batch))
+    data["layers"].push_back({{"trace", trace_json(trace)}, {"takers", takers_json(trace, windows)}});
+  return report_page("Dense against mixture of experts", data);
+}
+
+void write_results(const CompareOptions& options, const ByteText& text, const Contestant& dense,
+                   const Contestant& moe) {
+  const Json json = settings_json(options, text, dense, moe);
   for (const Contestant* c : {&dense, &moe}) {
     const std::string folder = options.output + "/" + c->name;
     std::filesystem::create_directories(folder);
     save_model(c->trainer.model, folder);
   }
   write_file(options.output + "/curves.jsonl", curves_jsonl(dense, moe));
+  write_file(options.output + "/telemetry.jsonl", dense.telemetry.jsonl() + moe.telemetry.jsonl());
+  write_file(options.output + "/report.html", report(options, json, text, dense, moe));
   // Last: whoever finds compare.json finds the rest as well.
-  write_file(options.output + "/compare.json",
-             json.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n");
+  write_file(options.output + "/compare.json", json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n");
 }
 
 void compare(CompareOptions& options) {
@@ -67,14 +105,16 @@ void compare(CompareOptions& options) {
   const std::shared_ptr<const ByteText> text = load_text_of(run);
   const LanguageModelOptions twin = dense_twin(run.model);
   prepare_output(options.output);
+  check_report_files();  // before a long run, not after it
   fit_minutes(run, {twin, run.model}, text);
-  Contestant dense{.name = "dense", .trainer = Trainer(make_model(twin, run.training.seed), run.training, text)};
-  Contestant moe{.name = "moe", .trainer = Trainer(make_model(run.model, run.training.seed), run.training, text)};
+  Contestant dense = contestant("dense", twin, run.training, text),
+             moe = contestant("moe", run.model, run.training, text);
   describe(twin, run.model, run, *text);
   catch_interrupts();
   run_contest(dense, moe, std::min(options.evaluations, run.training.steps));
   write_results(options, *text, dense, moe);
-  fmt::print("{}\nWritten: {}/compare.json, curves.jsonl, dense/, moe/\n", table(dense, moe), options.output);
+  fmt::print("{}\nWritten: {}/compare.json, curves.jsonl, telemetry.jsonl, dense/, moe/\nThe report: {}/report.html\n",
+             table(dense, moe), options.output, options.output);
 }
 
 }  // namespace

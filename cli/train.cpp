@@ -3,6 +3,8 @@
 #include "run_options.h"
 #include "terminal.h"
 
+#include <turnout/telemetry.h>
+
 #include <c10/util/Exception.h>
 
 #include <fmt/format.h>
@@ -17,6 +19,7 @@ namespace turnout::cli {
 namespace {
 
 constexpr const char* kProgramKey = "program";
+constexpr int64_t kLongestTelemetry = int64_t{1} << 30;
 
 struct TrainOptions {
   RunOptions run;
@@ -56,7 +59,11 @@ std::vector<std::string> decoded(const std::vector<std::string>& texts) {
 
 std::string checkpoint_path(const TrainOptions& options) { return options.output + "/checkpoint.safetensors"; }
 
-void save_checkpoint(const TrainOptions& options, const Trainer& trainer) {
+std::string telemetry_path(const TrainOptions& options) { return options.output + "/telemetry.jsonl"; }
+
+// The telemetry goes first: a run that is killed in between finds lines too many, never too few.
+void save_checkpoint(const TrainOptions& options, const Trainer& trainer, const Telemetry& telemetry) {
+  write_file(telemetry_path(options), telemetry.jsonl());
   TensorFile state = trainer.state();
   const nlohmann::ordered_json program = {{"ffn", options.run.ffn},
                                           {"tokens", options.run.tokens},
@@ -93,12 +100,22 @@ void refuse_overwriting(const std::string& folder) {
       throw FileError(folder + "/" + name + ": is there already: go on with --resume, or give another --output");
 }
 
-void run_steps(const TrainOptions& options, Trainer& trainer) {
+Telemetry telemetry_of(const TrainOptions& options, const Trainer& trainer) {
+  Telemetry telemetry(to_string(trainer.model->options.kind), trainer);
+  const std::string path = telemetry_path(options);
+  if (std::error_code error; options.resume && std::filesystem::exists(path, error))
+    telemetry.load(read_file(path, kLongestTelemetry), trainer.steps_done(), path);
+  return telemetry;
+}
+
+void run_steps(const TrainOptions& options, Trainer& trainer, Telemetry& telemetry) {
   Progress progress(trainer.options.steps);
   const auto start = std::chrono::steady_clock::now();
   const int64_t first = trainer.steps_done();
   while (!trainer.done()) {
-    const StepReport report = trainer.step();
+    const auto before = std::chrono::steady_clock::now();
+    const StepReport report = trainer.step(telemetry.due(trainer));
+    telemetry.add(report, std::chrono::duration<double>(std::chrono::steady_clock::now() - before).count());
     if (progress.due(report.step)) {
       const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
       const auto tokens = static_cast<double>((report.step - first) * trainer.tokens_per_step());
@@ -106,7 +123,8 @@ void run_steps(const TrainOptions& options, Trainer& trainer) {
                                                short_number(tokens / seconds)));
     }
     const bool stop = interrupted();
-    if (stop || trainer.done() || report.step % options.checkpoint_every == 0) save_checkpoint(options, trainer);
+    if (stop || trainer.done() || report.step % options.checkpoint_every == 0)
+      save_checkpoint(options, trainer, telemetry);
     if (stop && !trainer.done())
       throw Interrupted(fmt::format("stopped at step {} of {}; go on with --resume --output {}", report.step,
                                     trainer.options.steps, options.output));
@@ -134,16 +152,18 @@ void train(TrainOptions& options, RunArguments& arguments) {
   Trainer trainer(make_model(run.model, run.training.seed), run.training, text);
   if (options.resume) trainer.load_state(state, checkpoint_path(options));
   state = {};
+  Telemetry telemetry = telemetry_of(options, trainer);
   fmt::print("{} parameters, {} active; FLOPs a token: {}\n", count_parameters(run.model).total,
              count_parameters(run.model).active, to_string(flops_per_token(run.model)));
   fmt::print("steps {} to {} of {} x {} tokens\n", trainer.steps_done() + 1, run.training.steps, run.training.batch,
              run.model.context);
   std::fflush(stdout);
   catch_interrupts();
-  run_steps(options, trainer);
+  run_steps(options, trainer, telemetry);
   const double bits = trainer.evaluate();
   save_model(trainer.model, options.output);
-  fmt::print("held-out text: {:.4f} bits a byte\nWritten: {}/model.safetensors, config.json\n", bits, options.output);
+  fmt::print("held-out text: {:.4f} bits a byte\nWritten: {}/model.safetensors, config.json, telemetry.jsonl\n", bits,
+             options.output);
 }
 
 }  // namespace

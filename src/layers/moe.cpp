@@ -71,11 +71,16 @@ MoEOutput MoEImpl::forward(const at::Tensor& x) {
   auto routing = route(logits_TE, options.top_k, options.router_weights);
 
   MoEOutput out;
+  out.logits = logits_TE;
   out.aux_loss = at::zeros({}, routing.scores.options());
-  if (options.balance_coefficient > 0)
-    out.aux_loss =
-        out.aux_loss + options.balance_coefficient * balance_loss(routing.scores, routing.topk_ids, options.load_count);
-  if (options.z_coefficient > 0) out.aux_loss = out.aux_loss + options.z_coefficient * z_loss(logits_TE);
+  if (options.balance_coefficient > 0) {
+    out.balance_loss = balance_loss(routing.scores, routing.topk_ids, options.load_count);
+    out.aux_loss = out.aux_loss + options.balance_coefficient * out.balance_loss;
+  }
+  if (options.z_coefficient > 0) {
+    out.z_loss = z_loss(logits_TE);
+    out.aux_loss = out.aux_loss + options.z_coefficient * out.z_loss;
+  }
 
   out.dropped = at::zeros({}, routing.topk_ids.options());
   if (!options.capacity.dropless() && x_TD.size(0) > 0) {

@@ -26,6 +26,7 @@ LEVEL_OF_HEADER = {
     "slots.h": "ops",
     "experts.h": "ops",
     "combine.h": "ops",
+    "statistics.h": "ops",
     "exchange.h": "distributed",
     "checkpoint.h": "checkpoint",
     "moe.h": "layers",
@@ -35,6 +36,7 @@ LEVEL_OF_HEADER = {
     "text.h": "models",
     "transformer.h": "models",
     "training.h": "models",
+    "telemetry.h": "models",
 }
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
