@@ -24,6 +24,7 @@ compare: program ## train a MoE and its dense twin on real text and compare them
 	@build/bin/turnout compare $(ARGS)
 
 test: build sanitize-kernels ## run every test: C++, sanitized kernels, Python, installation
+	@scripts/setup.sh browser
 	@$(in_environment) ctest --preset release; python -m pytest
 
 test-transformers: build ## run the tests of turnout.hf with another transformers (VERSION=5.7.0)
