@@ -34,6 +34,7 @@ from .ops import (  # noqa: E402
     topk,
     z_loss,
 )
+from .quantized import decode_fp8_blocks, decode_mxfp4  # noqa: E402
 from .runtime import KernelChoice, kernel_choices, release_scratch  # noqa: E402
 
 __version__ = "0.1.0"
@@ -49,6 +50,8 @@ __all__ = [
     "balance_loss",
     "combine",
     "compat",
+    "decode_fp8_blocks",
+    "decode_mxfp4",
     "dispatch",
     "dispatch_tensors",
     "expert_capacity",

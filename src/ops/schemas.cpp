@@ -75,4 +75,9 @@ TORCH_LIBRARY(turnout, m) {
   m.def(
       "feed_forward(Tensor x, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, str activation)"
       " -> Tensor");
+  // quantised weights
+  m.def("decode_mxfp4(Tensor blocks, Tensor scales, *, ScalarType? dtype=None) -> Tensor");
+  m.def(
+      "decode_fp8_blocks(Tensor weight, Tensor scale_inv, int[2] block=[128, 128], *, ScalarType? dtype=None)"
+      " -> Tensor");
 }

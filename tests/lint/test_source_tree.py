@@ -13,7 +13,8 @@ MAY_INCLUDE = {
     "distributed": {"distributed", "ops"},
     "checkpoint": {"checkpoint", "ops"},
     "layers": {"layers", "ops", "distributed"},
-    "models": {"models", "layers", "ops", "distributed", "checkpoint"},
+    "pretrained": {"pretrained", "layers", "ops", "checkpoint"},
+    "models": {"models", "pretrained", "layers", "ops", "distributed", "checkpoint"},
     "compat": {"compat", "layers", "ops"},
 }
 
@@ -27,11 +28,13 @@ LEVEL_OF_HEADER = {
     "experts.h": "ops",
     "combine.h": "ops",
     "statistics.h": "ops",
+    "quantized.h": "ops",
     "exchange.h": "distributed",
     "checkpoint.h": "checkpoint",
     "moe.h": "layers",
     "hierarchical_moe.h": "layers",
     "upcycle.h": "layers",
+    "pretrained.h": "pretrained",
     "compat.h": "compat",
     "text.h": "models",
     "transformer.h": "models",

@@ -59,6 +59,8 @@ CASES = {
     "prepack": lambda: (*without_gradients(expert_lists("list")[:2]), "swiglu"),
     "experts_packed": packed_arguments,
     "fused_experts": lambda: (leaf(4, 3), IDS, leaf(4, 2), *expert_lists("list"), "swiglu", True),
+    "decode_mxfp4": lambda: (torch.randint(0, 256, (2, 3, 16), dtype=torch.uint8), torch.full((2, 3), 127).byte()),
+    "decode_fp8_blocks": lambda: (torch.randn(5, 4).to(torch.float8_e4m3fn), torch.rand(3, 2), [2, 3]),
     "feed_forward": lambda: (leaf(2, 2, 3), leaf(4, 3), leaf(3, 2), leaf(4), None, "geglu"),
 }
 
@@ -66,12 +68,16 @@ CASES = {
 # opcheck adds all outputs up, beginning with the first, and cannot add float to int64: these are compiled elsewhere.
 INTEGERS_FIRST = {"route", "route_top2", "limit_capacity"}
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+# opcheck's test of the schema multiplies the inputs, which torch cannot do in float8.
+FLOAT8_CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_op(case) -> None:
     op = getattr(OPS, case.split()[0]).default
     checks = {"test_utils": CHECKS} if case in INTEGERS_FIRST else {}
+    if case == "decode_fp8_blocks":
+        checks = {"test_utils": FLOAT8_CHECKS}
     torch.library.opcheck(op, CASES[case](), **checks)
 
 
