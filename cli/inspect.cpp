@@ -108,7 +108,8 @@ void add_example_options(CLI::App* app, ExampleOptions& o, CLI::Option*& minimum
   app->add_option("--experts", o.experts, "Experts; of the outer level in the hierarchical view")->capture_default_str();
   app->add_option("--inner", o.inner, "Experts within each outer one")->capture_default_str();
   app->add_option("--router", o.router,
-                  "gshard (top 2, with a policy for the second), normalized, probability, softmax_of_topk")
+                  fmt::format("gshard: top 2, with a policy for the second; or that of another family: {}",
+                              fmt::join(router_preset_names(), ", ")))
       ->capture_default_str();
   app->add_option("--top-k", o.top_k, "Experts of a token")->capture_default_str();
   add_word(app, "--policy", o.policy, parse_second_policy, "Of the second expert: all, none, threshold, random");

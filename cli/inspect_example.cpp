@@ -39,10 +39,10 @@ void check(const ExampleOptions& o) {
                     "--batch times --sequence is ", o.tokens(), ", too many tokens to look at");
   TORCH_CHECK_VALUE(o.experts * o.inner <= kLargest && o.experts * o.inner * o.hidden <= kMostNumbers / ffn,
                     "--experts times --inner is ", o.experts * o.inner, ", too many experts of this size to look at");
-  if (!o.gshard()) parse_router_weights(o.router);
   TORCH_CHECK_VALUE(!o.gshard() || o.top_k == 2, "--top-k is ", o.top_k, ", expected 2 with --router gshard");
   TORCH_CHECK_VALUE(o.top_k >= 1 && o.top_k <= o.experts, "--top-k is ", o.top_k,
                     ", expected 1 to the number of experts, ", o.experts);
+  if (!o.gshard()) turnout::check(router_preset(o.router), o.top_k, o.experts);
   TORCH_CHECK_VALUE(std::isfinite(o.threshold) && o.threshold >= 0, "--threshold is ", o.threshold,
                     ", expected 0 or more");
   TORCH_CHECK_VALUE(std::isfinite(o.factor) && o.factor > 0 && o.factor <= 1e6, "--capacity-factor is ", o.factor,
@@ -87,7 +87,7 @@ Routed route_example(const Example& example, SecondPolicy policy) {
     routed.chosen = rows_of(top2.routing);
     routed.wanted = rows_of(route_by(SecondPolicy::all).routing);
   } else {
-    routed.chosen = routed.wanted = route(logits_TE, o.top_k, parse_router_weights(o.router));
+    routed.chosen = routed.wanted = route(logits_TE, o.top_k, router_preset(o.router));
     routed.loss = balance_loss(routed.chosen.scores, routed.chosen.topk_ids).item<double>();
   }
   routed.capacity = expert_capacity(capacity_of(o), o.group(), o.top_k, o.experts);

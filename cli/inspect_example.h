@@ -18,7 +18,7 @@ struct ExampleOptions {
   int64_t experts = 4;
   int64_t inner = 4;  ///< experts of each outer one, in the hierarchical view
   int64_t top_k = 2;
-  std::string router = "gshard";  ///< top-2 with a policy for the second expert; or a word of RouterWeights
+  std::string router = "gshard";  ///< top-2 with a policy for the second expert; or another of router_preset()
   SecondPolicy policy = SecondPolicy::random;
   double threshold = 0.2;
   double factor = 1.25;

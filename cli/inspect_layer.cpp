@@ -29,6 +29,10 @@ MoE layer_of(const ByteLanguageModel& model, const LayerOptions& o) {
   return block->moe ? block->moe : block->hybrid->moe;
 }
 
+std::string router_of(const RouterOptions& options) {
+  return fmt::format("{}, {}", to_string(options.score), to_string(options.weights));
+}
+
 }  // namespace
 
 Json layer_json(const LayerOptions& o) {
@@ -36,7 +40,7 @@ Json layer_json(const LayerOptions& o) {
                     kMostTokens);
   ByteLanguageModel model = load_model(o.checkpoint);
   const MoE moe = layer_of(model, o);
-  Json json = {{"checkpoint", o.checkpoint}, {"layer", o.layer}, {"router", to_string(moe->options.router_weights)}};
+  Json json = {{"checkpoint", o.checkpoint}, {"layer", o.layer}, {"router", router_of(moe->options.router)}};
   if (o.text.empty()) {
     at::manual_seed(o.seed);
     // The layer stands behind a norm: its input has mean 0 and deviation 1.

@@ -22,7 +22,7 @@ const std::vector<double>& swept_factors() {
 LayerTrace trace_of(MoE moe, int64_t layer, const MoEOutput& out) {
   LayerTrace trace{.layer = layer, .options = moe->options};
   trace.group_size = out.logits.size(0);
-  trace.chosen = route(out.logits, moe->options.top_k, moe->options.router_weights);
+  trace.chosen = route(out.logits, moe->options.top_k, moe->options.router, moe->selection_bias);
   trace.kept = out.routing;
   trace.logits = out.logits;
   trace.dropped = out.dropped.item<int64_t>();

@@ -83,7 +83,7 @@ void RunArguments::add_model_options() {
   value(
       "--expert-ffn", [](RunOptions & o) -> auto& { return o.model.moe.ffn; }, "Width of one expert");
   word(
-      "--router", [](RunOptions & o) -> auto& { return o.model.moe.router_weights; }, parse_router_weights,
+      "--router", [](RunOptions & o) -> auto& { return o.model.moe.router.weights; }, parse_router_weights,
       "Weights of the chosen: normalized, probability, softmax_of_topk");
   value(
       "--capacity", [](RunOptions & o) -> auto& { return o.model.moe.capacity.factor; },

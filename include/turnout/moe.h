@@ -96,7 +96,8 @@ struct MoEOptions {
   bool bias = true;        ///< of the experts
   SharedExpertOptions shared{};
   bool gate_bias = false;
-  RouterWeights router_weights = RouterWeights::normalized;
+  RouterOptions router{};
+  bool selection_bias = false;  ///< choose by score + a bias that no gradient moves (update_selection_bias)
   CapacityOptions capacity{};
   LoadCount load_count = LoadCount::per_assignment;
   double balance_coefficient = 1e-2;  ///< 0: the loss is not computed
@@ -116,7 +117,7 @@ struct MoEOutput {
 };
 
 /// gate → route → losses → capacity → plan → experts, + shared experts. Parameters: gate.*, experts.*, shared.*,
-/// shared_gate.weight [1, hidden]
+/// shared_gate.weight [1, hidden]. Buffer: selection_bias [experts] float32, zeros at first.
 class MoEImpl : public torch::nn::Module {
  public:
   /// A gate without bias (options.gate_bias) and a bank of feed-forward experts.
@@ -134,6 +135,7 @@ class MoEImpl : public torch::nn::Module {
   std::shared_ptr<ExpertsModule> experts;
   FeedForward shared{nullptr};             ///< none where options.shared.ffn is 0
   torch::nn::Linear shared_gate{nullptr};  ///< hidden → 1 without bias; none where it is not gated
+  at::Tensor selection_bias;               ///< undefined where options.selection_bias is false
 
  private:
   void register_modules();

@@ -14,20 +14,71 @@ namespace turnout {
 /// What a router decided, one row a token. Immutable; a router knows nothing of how experts run.
 struct Routing {
   at::Tensor topk_ids;      ///< [tokens, top_k] int64, best choice first; -1 = not sent
-  at::Tensor topk_weights;  ///< [tokens, top_k] float32 (float64 for float64 logits); 0 where not sent
-  at::Tensor scores;        ///< [tokens, experts] router probabilities, for losses and statistics
+  at::Tensor topk_weights;  ///< [tokens, top_k] float32 (float64 for float64 logits; RouterOptions); 0 where not sent
+  at::Tensor scores;        ///< [tokens, experts] router probabilities, rows sum to 1, for losses and statistics
 };
 
-/// How the weights of the chosen experts follow from the logits.
+/// What makes scores of logits.
+enum class ScoreFunction {
+  softmax,  ///< over the experts (most families)
+  sigmoid,  ///< each expert by itself (DeepSeek-V3)
+};
+
+/// How the weights of the chosen experts follow from logits or scores.
 enum class RouterWeights {
-  normalized,       ///< softmax over all experts, chosen ones divided by their sum (Mixtral; seed 001)
-  probability,      ///< softmax over all experts, as it is (Switch, Qwen without norm_topk_prob; seed 003 by option)
+  normalized,       ///< scores of the chosen ones, divided by their sum (Mixtral, DeepSeek-V3; seed 001)
+  probability,      ///< scores as they are (Switch, Qwen without norm_topk_prob, DeepSeek-V2; seed 003 by option)
   softmax_of_topk,  ///< softmax over the chosen logits alone (GPT-OSS, Shazeer; seeds 000 and 003)
 };
 
-/// @throws c10::ValueError naming the word when it is not one of the three enumerators
+/// What the experts of a group that is left out count as in the choice.
+enum class GroupMask {
+  minus_infinity,  ///< never chosen (DeepSeek-V3 in transformers, DeepSeek's inference code)
+  zero,            ///< score 0: still ahead of an expert whose biased score is negative (DeepSeek-V2, -VL2)
+};
+
+/// The type that the router computes in.
+enum class RouterPrecision {
+  float32,  ///< whatever the logits' type (float64 logits: float64)
+  logits,   ///< the logits' type, each step rounded to it (GPT-OSS, GShard, Shazeer)
+};
+
+/// @throws c10::ValueError naming the word when it is not one of the enumerators
+ScoreFunction parse_score_function(const std::string& name);
+std::string to_string(ScoreFunction function);
 RouterWeights parse_router_weights(const std::string& name);
 std::string to_string(RouterWeights weights);
+GroupMask parse_group_mask(const std::string& name);
+std::string to_string(GroupMask mask);
+RouterPrecision parse_router_precision(const std::string& name);
+std::string to_string(RouterPrecision precision);
+
+/// How tokens choose experts and weigh them: one set of switches whose combinations are the families' routers.
+struct RouterOptions {
+  ScoreFunction score = ScoreFunction::softmax;
+  RouterWeights weights = RouterWeights::normalized;
+  double epsilon = 0.0;  ///< added to the sum that RouterWeights::normalized divides by
+  double scale = 1.0;    ///< of the weights, at the end (routed_scaling_factor)
+  /// Experts stand in this many groups of neighbours; a token chooses within the `kept_groups` best of them. 1: no limit.
+  int64_t groups = 1;
+  int64_t kept_groups = 1;
+  int64_t group_top = 1;  ///< a group's score: the sum of its best group_top (1: their maximum, DeepSeek-V2; 2: V3)
+  GroupMask group_mask = GroupMask::minus_infinity;
+  RouterPrecision precision = RouterPrecision::float32;
+  bool cast_weights = false;  ///< round the weights to the logits' type at the end (Qwen, OLMoE)
+};
+
+/// The router of a published family: "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v2_lite"
+/// (greedy), "deepseek_v3", "gpt_oss", "switch", "gshard", "noisy_topk" (docs/routers.md has the table and sources).
+///
+/// Numbers that a model's own config sets stand as in the family's best-known one; norm_topk_prob as its config class
+/// has it by default.
+/// @throws c10::ValueError naming the word when it is none of them
+RouterOptions router_preset(const std::string& family);
+std::vector<std::string> router_preset_names();
+
+/// @throws c10::ValueError naming the option that is impossible for so many experts, what it is and what it may be
+void check(const RouterOptions& options, int64_t top_k, int64_t num_experts);
 
 /// Ids of the k largest scores of each row, largest first.
 ///
@@ -40,18 +91,23 @@ std::string to_string(RouterWeights weights);
 /// Cost O(rows * experts * top_k) on CPU. Gradient: none (gather the scores with the ids). Deterministic.
 at::Tensor topk(const at::Tensor& scores, int64_t top_k);
 
-/// Routes tokens by softmax and top-k.
+/// Routes tokens: scores, choice of top_k, weights.
 ///
-/// The softmax runs in float32 whatever the logits' type (float64 stays float64). A NaN or Inf token harms only
-/// its own row: its ids stay in range.
+/// Chosen by score + selection_bias, within the best groups; without bias and groups by the logits themselves, since
+/// scores can round different logits to one number. Weights never see the bias. A NaN or Inf token harms only its own
+/// row: its ids stay in range.
 /// @param logits [tokens, experts]
-/// @param epsilon added to the sum that RouterWeights::normalized divides by
-/// @return scores are the softmax over all experts in each of the three forms
-/// Gradient: to logits through topk_weights and scores. With top_k = 1, `normalized` and `softmax_of_topk` give the
-/// constant weight 1, so the router learns from the losses alone; Switch uses `probability` for that reason.
-/// Source: arXiv:1701.06538 (softmax_of_topk), arXiv:2401.04088 (normalized), arXiv:2101.03961 (probability).
-Routing route(const at::Tensor& logits, int64_t top_k, RouterWeights weights = RouterWeights::normalized,
-              double epsilon = 0.0);
+/// @param selection_bias [experts] float32, or undefined: steers the load without a loss (update_selection_bias in
+///        balance.h); part of the choice alone
+/// @param token_mask [tokens] bool, or undefined; false: padding, sent nowhere (ids -1, weights 0)
+/// @return scores are the softmax, or the sigmoids divided by (their sum + 1e-20), whatever the weights and the mask
+/// Gradient: to logits through topk_weights and scores; none to selection_bias. With top_k = 1, `normalized` and
+/// `softmax_of_topk` give the constant weight 1, so the router learns from the losses alone; Switch uses `probability`
+/// for that reason.
+/// Source: arXiv:1701.06538 (softmax_of_topk), 2401.04088 (normalized), 2101.03961 (probability), 2405.04434 (groups),
+/// 2408.15664 and 2412.19437 (sigmoid, selection bias).
+Routing route(const at::Tensor& logits, int64_t top_k, const RouterOptions& options = {},
+              const at::Tensor& selection_bias = {}, const at::Tensor& token_mask = {});
 
 /// What becomes of a token's second expert in GShard top-2 gating.
 enum class SecondPolicy {

@@ -6,12 +6,15 @@ ValueError or TypeError names the op, the argument, what it got and what was exp
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 RouterWeights = Literal["normalized", "probability", "softmax_of_topk"]
+ScoreFunction = Literal["softmax", "sigmoid"]
+GroupMask = Literal["minus_infinity", "zero"]
+RouterPrecision = Literal["float32", "logits"]
 SecondPolicy = Literal["all", "none", "threshold", "random"]
 LoadCount = Literal["per_assignment", "per_token", "first_choice"]
 DropOrder = Literal["choice", "position", "score", "random"]
@@ -26,9 +29,26 @@ class Routing(NamedTuple):
     topk_ids: Tensor
     """[T, K] int64, best choice first; -1 = not sent"""
     topk_weights: Tensor
-    """[T, K] float32 (float64 for float64 logits); 0 where not sent"""
+    """[T, K] float32 (float64 for float64 logits), or by option the logits' type; 0 where not sent"""
     scores: Tensor
-    """[T, E] router probabilities, for losses and statistics"""
+    """[T, E] router probabilities, rows sum to 1, for losses and statistics"""
+
+
+class RouterOptions(TypedDict):
+    """The switches of route() by their names there: `route(logits, 2, **router_preset("mixtral"))`.
+
+    In the order of the op router_preset."""
+
+    score: ScoreFunction
+    weights: RouterWeights
+    epsilon: float
+    scale: float
+    groups: int
+    kept_groups: int
+    group_top: int
+    group_mask: GroupMask
+    precision: RouterPrecision
+    cast_weights: bool
 
 
 class Top2Routing(NamedTuple):
@@ -93,19 +113,76 @@ def topk(scores: Tensor, top_k: int) -> Tensor:
     return _ops.topk(scores, top_k)
 
 
-def route(logits: Tensor, top_k: int, weights: RouterWeights = "normalized", epsilon: float = 0.0) -> Routing:
-    """Routes tokens by softmax and top-k. logits: [T, E].
+def route(
+    logits: Tensor,
+    top_k: int,
+    weights: RouterWeights = "normalized",
+    epsilon: float = 0.0,
+    *,
+    score: ScoreFunction = "softmax",
+    scale: float = 1.0,
+    groups: int = 1,
+    kept_groups: int = 1,
+    group_top: int = 1,
+    group_mask: GroupMask = "minus_infinity",
+    precision: RouterPrecision = "float32",
+    cast_weights: bool = False,
+    selection_bias: Tensor | None = None,
+    token_mask: Tensor | None = None,
+) -> Routing:
+    """Routes tokens: scores, choice of top_k, weights. logits: [T, E].
 
-    weights: how those of the chosen experts follow from the logits
-      normalized       softmax over all experts, the chosen ones divided by their sum + epsilon (Mixtral)
-      probability      softmax over all experts, as it is (Switch)
+    score: softmax over the experts, or each expert's sigmoid (DeepSeek-V3)
+    weights: how those of the chosen experts follow
+      normalized       their scores, divided by their sum + epsilon (Mixtral, DeepSeek-V3)
+      probability      their scores as they are (Switch, Qwen, DeepSeek-V2)
       softmax_of_topk  softmax over the chosen logits alone (GPT-OSS, Shazeer)
+    scale: of the weights, at the end
+    groups, kept_groups: a token chooses within its kept_groups best of `groups` groups of neighbouring experts; a
+      group's score is the sum of its best group_top; those left out never win (minus_infinity) or count as score 0
+    precision: float32 whatever the logits' type (float64 stays float64), or the logits' own type
+    cast_weights: round the weights to the logits' type at the end
+    selection_bias: [E] float32: experts are chosen by score + bias, weights stay those of the scores
+    token_mask: [T] bool; False: padding, sent nowhere (ids -1, weights 0)
 
-    The softmax runs in float32 whatever the logits' type (float64 stays float64); a NaN token harms only its own row.
+    `router_preset` gives a published family's switches. `scores` are the softmax, or the sigmoids divided by their sum.
+    Ties go to the lower id; a NaN token harms only its own row.
     Gradient: to logits through topk_weights and scores. With top_k = 1 `normalized` and `softmax_of_topk` give the
     constant weight 1, so the router then learns from the losses alone.
     """
-    return Routing(*_ops.route(logits, top_k, weights, epsilon))
+    return Routing(
+        *_ops.route(
+            logits,
+            top_k,
+            weights,
+            epsilon,
+            score=score,
+            scale=scale,
+            groups=groups,
+            kept_groups=kept_groups,
+            group_top=group_top,
+            group_mask=group_mask,
+            precision=precision,
+            cast_weights=cast_weights,
+            selection_bias=selection_bias,
+            token_mask=token_mask,
+        )
+    )
+
+
+def router_preset(family: str) -> RouterOptions:
+    """The switches of a published family's router: mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v2_lite
+    (greedy), deepseek_v3, gpt_oss, switch, gshard, noisy_topk.
+
+    Numbers that a model's own config sets (scale, groups) stand as in the family's best-known one, norm_topk_prob as
+    its config class has it by default.
+    """
+    return RouterOptions(zip(RouterOptions.__annotations__, _ops.router_preset(family), strict=True))
+
+
+def router_preset_names() -> list[str]:
+    """The families that router_preset knows."""
+    return _ops.router_preset_names()
 
 
 def route_top2(

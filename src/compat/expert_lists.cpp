@@ -14,7 +14,7 @@ MoEOptions moe_options(int64_t num_experts, int64_t top_k, RouterWeights weights
   MoEOptions options;
   options.num_experts = num_experts;
   options.top_k = top_k;
-  options.router_weights = weights;
+  options.router.weights = weights;
   options.balance_coefficient = 0;
   return options;
 }
@@ -74,7 +74,7 @@ std::tuple<at::Tensor, at::Tensor> TopKRouterImpl::forward(const at::Tensor& x) 
   constexpr const char* kName = "turnout::compat::TopKRouter";
   ops::check_dim(kName, "x", x, 3, "[batch, seq, dim]");
   ops::check_size(kName, "x", x, 2, dim, "dim");
-  const auto routing = route(gate->forward(x.reshape({-1, dim})), config.top_k, RouterWeights::normalized);
+  const auto routing = route(gate->forward(x.reshape({-1, dim})), config.top_k);
   const std::vector<int64_t> shape{x.size(0), x.size(1), config.top_k};
   return {routing.topk_weights.view(shape), routing.topk_ids.view(shape)};
 }

@@ -12,13 +12,14 @@ namespace {
 
 constexpr const char* kName = "turnout::MoE";
 
-void check(const MoEOptions& options) {
+void check_options(const MoEOptions& options) {
   ops::check_at_least(kName, "num_experts", options.num_experts, 1);
   ops::check_at_least(kName, "shared.ffn", options.shared.ffn, 0);
   TORCH_CHECK_VALUE(options.shared.ffn > 0 || !options.shared.gated, kName,
                     ": shared.gated is set, but shared.ffn is 0, expected at least 1");
   TORCH_CHECK_VALUE(options.top_k >= 1 && options.top_k <= options.num_experts, kName, ": top_k is ", options.top_k,
                     ", expected 1 to ", options.num_experts, " (num_experts)");
+  check(options.router, options.top_k, options.num_experts);
   for (const auto& [name, value] : {std::pair{"balance_coefficient", options.balance_coefficient},
                                     {"z_coefficient", options.z_coefficient}})
     TORCH_CHECK_VALUE(std::isfinite(value) && value >= 0, kName, ": ", name, " is ", value,
@@ -29,7 +30,7 @@ void check(const MoEOptions& options) {
 }  // namespace
 
 MoEImpl::MoEImpl(MoEOptions given) : options(given) {
-  check(options);
+  check_options(options);
   ops::check_at_least(kName, "hidden", options.hidden, 1);
   ops::check_at_least(kName, "ffn", options.ffn, 1);
   const auto linear = torch::nn::LinearOptions(options.hidden, options.num_experts).bias(options.gate_bias);
@@ -42,7 +43,7 @@ MoEImpl::MoEImpl(MoEOptions given) : options(given) {
 
 MoEImpl::MoEImpl(MoEOptions given, torch::nn::AnyModule given_gate, std::shared_ptr<ExpertsModule> given_experts)
     : options(given), gate(std::move(given_gate)), experts(std::move(given_experts)) {
-  check(options);
+  check_options(options);
   TORCH_CHECK_VALUE(experts->num_experts() == options.num_experts, kName, ": experts holds ", experts->num_experts(),
                     " experts, expected ", options.num_experts, " (num_experts)");
   register_modules();
@@ -51,6 +52,7 @@ MoEImpl::MoEImpl(MoEOptions given, torch::nn::AnyModule given_gate, std::shared_
 void MoEImpl::register_modules() {
   register_module("gate", gate.ptr());
   register_module("experts", experts);
+  if (options.selection_bias) selection_bias = register_buffer("selection_bias", at::zeros({options.num_experts}));
   if (options.shared.ffn == 0) return;
   shared = register_module("shared", FeedForward(FeedForwardOptions{options.hidden, options.shared.ffn,
                                                                     options.activation, options.bias}));
@@ -68,7 +70,7 @@ MoEOutput MoEImpl::forward(const at::Tensor& x) {
   const auto x_TD = x.reshape({-1, x.size(-1)});
   const auto logits_TE = gate.forward<at::Tensor>(x_TD);
   ops::check_size(kName, "the gate's output", logits_TE, -1, options.num_experts, "num_experts");
-  auto routing = route(logits_TE, options.top_k, options.router_weights);
+  auto routing = route(logits_TE, options.top_k, options.router, selection_bias);
 
   MoEOutput out;
   out.logits = logits_TE;

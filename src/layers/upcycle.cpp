@@ -32,7 +32,7 @@ at::Tensor cut_rows(const at::Tensor& rows, int64_t slices, bool gated) {
 // The sum of a token's weights where all logits are equal; that of any logits where weights are normalised.
 double sum_of_weights(const MoE& moe) {
   const auto logits = at::zeros({1, moe->options.num_experts}, at::kDouble);
-  return route(logits, moe->options.top_k, moe->options.router_weights).topk_weights.sum().item<double>();
+  return route(logits, moe->options.top_k, moe->options.router).topk_weights.sum().item<double>();
 }
 
 }  // namespace

@@ -38,6 +38,24 @@ void visit_capacity(Fields& f, CapacityOptions& o) {
 }
 
 template <class Fields>
+void visit_router(Fields& f, RouterOptions& o) {
+  f.word(
+      "score", o.score, [](ScoreFunction v) { return to_string(v); }, parse_score_function);
+  f.word(
+      "weights", o.weights, [](RouterWeights v) { return to_string(v); }, parse_router_weights);
+  f.number("epsilon", o.epsilon);
+  f.number("scale", o.scale);
+  f.number("groups", o.groups);
+  f.number("kept_groups", o.kept_groups);
+  f.number("group_top", o.group_top);
+  f.word(
+      "group_mask", o.group_mask, [](GroupMask v) { return to_string(v); }, parse_group_mask);
+  f.word(
+      "precision", o.precision, [](RouterPrecision v) { return to_string(v); }, parse_router_precision);
+  f.number("cast_weights", o.cast_weights);
+}
+
+template <class Fields>
 void visit_moe(Fields& f, MoEOptions& o) {
   f.number("ffn", o.ffn);
   f.number("num_experts", o.num_experts);
@@ -47,8 +65,8 @@ void visit_moe(Fields& f, MoEOptions& o) {
     inner.number("gated", o.shared.gated);
   });
   f.number("gate_bias", o.gate_bias);
-  f.word(
-      "router_weights", o.router_weights, [](RouterWeights v) { return to_string(v); }, parse_router_weights);
+  f.object("router", [&](auto& inner) { visit_router(inner, o.router); });
+  f.number("selection_bias", o.selection_bias);
   f.word(
       "load_count", o.load_count, [](LoadCount v) { return to_string(v); }, parse_load_count);
   f.number("balance_coefficient", o.balance_coefficient);
@@ -107,6 +125,7 @@ void check(const LanguageModelOptions& o) {
                     "turnout: balance_coefficient is ", o.moe.balance_coefficient, ", expected 0 or more");
   TORCH_CHECK_VALUE(o.moe.z_coefficient >= 0.0 && o.moe.z_coefficient < 1e6, "turnout: z_coefficient is ",
                     o.moe.z_coefficient, ", expected 0 or more");
+  check(o.moe.router, o.moe.top_k, o.moe.num_experts);
   expert_capacity(o.moe.capacity, o.context, o.moe.top_k, o.moe.num_experts);
 }
 

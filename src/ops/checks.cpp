@@ -36,6 +36,19 @@ void check_at_least(const char* op, const char* name, int64_t value, int64_t lea
   TORCH_CHECK_VALUE(value >= least, op, ": ", name, " is ", value, ", expected at least ", least);
 }
 
+void check_token_mask(const char* op, const at::Tensor& token_mask, const at::Tensor& rows, const char* rows_name) {
+  if (!token_mask.defined()) return;
+  check_dim(op, "token_mask", token_mask, 1, "[tokens]");
+  TORCH_CHECK_TYPE(token_mask.scalar_type() == at::kBool, op, ": token_mask is ", token_mask.scalar_type(),
+                   ", expected bool");
+  check_size(op, "token_mask", token_mask, 0, rows.sym_size(0), "tokens");
+  check_device(op, "token_mask", token_mask, rows_name, rows);
+}
+
+at::ScalarType score_type(const at::Tensor& scores) {
+  return scores.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
 void check_topk(const at::Tensor& scores, int64_t top_k) {
   constexpr const char* kOp = "turnout::topk";
   TORCH_CHECK_VALUE(scores.dim() >= 1, kOp, ": scores has no axes, expected [..., experts]");

@@ -1,40 +1,50 @@
-// Router: softmax, choice and weights composed of differentiable calls, so that one text serves every device.
+// Router: scores, choice and weights composed of differentiable calls, so that one text serves every device.
+//
+// Legend: T tokens, E experts, K top_k, G groups.
 #include <turnout/router.h>
 
 #include "checks.h"
-#include "names.h"
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include <limits>
+
 namespace turnout {
 namespace {
 
-constexpr ops::Names<RouterWeights, 3> kRouterWeights{{{RouterWeights::normalized, "normalized"},
-                                                       {RouterWeights::probability, "probability"},
-                                                       {RouterWeights::softmax_of_topk, "softmax_of_topk"}}};
+// Keeps the division of sigmoids by their sum finite where all have underflowed (Megatron-LM, DeepSeek-V3).
+constexpr double kSigmoidEpsilon = 1e-20;
 
-constexpr ops::Names<SecondPolicy, 4> kSecondPolicies{{{SecondPolicy::all, "all"},
-                                                       {SecondPolicy::none, "none"},
-                                                       {SecondPolicy::threshold, "threshold"},
-                                                       {SecondPolicy::random, "random"}}};
+// Leaves of each row the scores of its best groups.
+at::Tensor limit_groups(const at::Tensor& scores_TE, const RouterOptions& options) {
+  const auto size = scores_TE.sym_size(1) / options.groups;
+  const auto by_group = scores_TE.reshape_symint({scores_TE.sym_size(0), options.groups, size});
+  const auto best = options.group_top == 1 ? by_group.amax(-1)
+                                           : by_group.gather(-1, turnout::topk(by_group, options.group_top)).sum(-1);
+  const auto kept = turnout::topk(best, options.kept_groups);
+  const auto left_out = at::ones_like(best, at::kBool).scatter(-1, kept, false);
+  const double instead = options.group_mask == GroupMask::zero ? 0.0 : -std::numeric_limits<double>::infinity();
+  return by_group.masked_fill(left_out.unsqueeze(-1), instead).reshape_symint(scores_TE.sym_sizes());
+}
 
-at::ScalarType score_type(const at::Tensor& logits) {
-  return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+void check_arguments(const at::Tensor& logits, int64_t top_k, const RouterOptions& options,
+                     const at::Tensor& selection_bias, const at::Tensor& token_mask) {
+  constexpr const char* kOp = "turnout::route";
+  ops::check_dim(kOp, "logits", logits, 2, "[tokens, experts]");
+  ops::check_floating(kOp, "logits", logits);
+  check(options, top_k, logits.sym_size(1).guard_int(__FILE__, __LINE__));  // experts: a property of the layer
+  if (selection_bias.defined()) {
+    ops::check_dim(kOp, "selection_bias", selection_bias, 1, "[experts]");
+    ops::check_floating(kOp, "selection_bias", selection_bias);
+    ops::check_size(kOp, "selection_bias", selection_bias, 0, logits.sym_size(1), "experts");
+    ops::check_device(kOp, "selection_bias", selection_bias, "logits", logits);
+  }
+  ops::check_token_mask(kOp, token_mask, logits, "logits");
 }
 
 }  // namespace
-
-RouterWeights parse_router_weights(const std::string& name) {
-  return ops::parse_name("router weights", kRouterWeights, name);
-}
-std::string to_string(RouterWeights weights) { return ops::name_of(kRouterWeights, weights); }
-
-SecondPolicy parse_second_policy(const std::string& name) {
-  return ops::parse_name("second-expert policy", kSecondPolicies, name);
-}
-std::string to_string(SecondPolicy policy) { return ops::name_of(kSecondPolicies, policy); }
 
 at::Tensor topk(const at::Tensor& scores, int64_t top_k) {
   static const auto op = c10::Dispatcher::singleton()
@@ -43,113 +53,64 @@ at::Tensor topk(const at::Tensor& scores, int64_t top_k) {
   return op.call(scores, top_k);
 }
 
-Routing route(const at::Tensor& logits, int64_t top_k, RouterWeights weights, double epsilon) {
-  constexpr const char* kOp = "turnout::route";
-  ops::check_dim(kOp, "logits", logits, 2, "[tokens, experts]");
-  ops::check_floating(kOp, "logits", logits);
-  TORCH_CHECK_VALUE(epsilon >= 0, kOp, ": epsilon is ", epsilon, ", expected a number of at least 0");
-  const auto logits_TE = logits.to(score_type(logits));
-  const auto scores_TE = logits_TE.softmax(-1);
-  // Chosen by logit, not by probability: softmax can round different logits to one probability.
-  const auto ids_TK = turnout::topk(logits_TE, top_k);
-  switch (weights) {
-    case RouterWeights::probability:
-      return {ids_TK, scores_TE.gather(-1, ids_TK), scores_TE};
-    case RouterWeights::softmax_of_topk:
-      return {ids_TK, logits_TE.gather(-1, ids_TK).softmax(-1), scores_TE};
-    case RouterWeights::normalized:
-      break;
-  }
-  const auto chosen_TK = scores_TE.gather(-1, ids_TK);
-  return {ids_TK, chosen_TK / (chosen_TK.sum(-1, /*keepdim=*/true) + epsilon), scores_TE};
-}
+Routing route(const at::Tensor& logits, int64_t top_k, const RouterOptions& options, const at::Tensor& selection_bias,
+              const at::Tensor& token_mask) {
+  check_arguments(logits, top_k, options, selection_bias, token_mask);
+  const auto logits_TE =
+      options.precision == RouterPrecision::logits ? logits : logits.to(ops::score_type(logits));
+  const bool sigmoid = options.score == ScoreFunction::sigmoid;
+  const auto scores_TE = sigmoid ? logits_TE.sigmoid() : logits_TE.softmax(-1);
 
-Top2Routing route_top2(const at::Tensor& logits, const Top2Options& options, const at::Tensor& importance,
-                       const at::Tensor& uniform) {
-  constexpr const char* kOp = "turnout::route_top2";
-  TORCH_CHECK_VALUE(logits.defined() && logits.dim() >= 2, kOp, ": logits has shape ",
-                    logits.defined() ? logits.sym_sizes() : c10::SymIntArrayRef{},
-                    ", expected [..., tokens, experts]");
-  ops::check_floating(kOp, "logits", logits);
-  const auto num_experts = logits.sym_size(-1).guard_int(__FILE__, __LINE__);  // static
-  TORCH_CHECK_VALUE(num_experts >= 2, kOp, ": logits has ", num_experts, " experts, expected at least 2");
-  const auto slots = logits.sym_sizes().slice(0, logits.dim() - 1);
-  TORCH_CHECK_VALUE(options.epsilon >= 0 && options.threshold >= 0, kOp, ": epsilon is ", options.epsilon,
-                    " and threshold is ", options.threshold, ", expected numbers of at least 0");
-  for (const auto& [name, tensor] : {std::pair{"importance", importance}, {"uniform", uniform}})
-    TORCH_CHECK_VALUE(!tensor.defined() || tensor.sym_sizes() == slots, kOp, ": ", name, " has shape ",
-                      tensor.defined() ? tensor.sym_sizes() : slots, ", expected ", slots, " as logits have");
+  auto choice_TE = logits_TE.detach();
+  if (selection_bias.defined() || options.groups > 1) choice_TE = scores_TE.detach().to(ops::score_type(logits));
+  if (selection_bias.defined()) choice_TE = choice_TE + selection_bias.detach();
+  if (options.groups > 1) choice_TE = limit_groups(choice_TE, options);
+  auto ids_TK = turnout::topk(choice_TE, top_k);
 
-  const auto gates = logits.to(score_type(logits)).softmax(-1);
-  const auto no = at::zeros({}, gates.options());
-  const auto not_sent = at::full({}, -1, gates.options().dtype(at::kLong));
-  const auto first_id = turnout::topk(gates, 1);  // [..., tokens, 1]
-  auto first_gate = gates.gather(-1, first_id);
-  auto density_proxy = gates;
-  auto sends_first = at::ones_like(first_id, at::kBool);
-  auto sends_second = sends_first;
-  if (importance.defined()) {
-    sends_first = importance.eq(1.0).unsqueeze(-1);
-    sends_second = importance.gt(0.0).unsqueeze(-1);
-    first_gate = at::where(sends_first, first_gate, no);
-    density_proxy = at::where(sends_first, gates, no);
-  }
-  // Where there is no first choice the best expert is the second one.
-  const auto without_first = gates.masked_fill(at::zeros_like(gates, at::kBool).scatter(-1, first_id, sends_first), 0);
-  const auto second_id = turnout::topk(without_first, 1);
-  auto second_gate = without_first.gather(-1, second_id);
-  const auto denominator = first_gate + second_gate + options.epsilon;
-  first_gate = first_gate / denominator;
-  second_gate = second_gate / denominator;
-
-  // mean over groups and experts of density · density_proxy, times experts²: first choices only
-  const auto density = at::zeros_like(gates).scatter(-1, first_id, sends_first.to(gates.scalar_type())).mean(-2);
-  auto loss = (density * density_proxy.mean(-2)).mean() * (num_experts * num_experts);
-  if (logits.sym_numel() == 0) loss = gates.sum() * 0;  // the mean of nothing is NaN
-
-  switch (options.policy) {
-    case SecondPolicy::all:
-      break;
-    case SecondPolicy::none:
-      sends_second = at::zeros_like(sends_second);
-      break;
-    case SecondPolicy::threshold:
-      sends_second = sends_second.logical_and(second_gate.gt(options.threshold));
-      break;
-    case SecondPolicy::random: {
-      const auto u = uniform.defined() ? uniform : at::zeros_like(second_gate.squeeze(-1).detach()).uniform_(0, 1);
-      const auto chance = second_gate / std::max(options.threshold, options.epsilon);
-      sends_second = sends_second.logical_and(u.unsqueeze(-1).lt(chance));
-      break;
+  at::Tensor weights_TK;
+  if (options.weights == RouterWeights::softmax_of_topk) {
+    weights_TK = logits_TE.gather(-1, ids_TK).softmax(-1);
+  } else {
+    weights_TK = scores_TE.gather(-1, ids_TK);
+    if (options.weights == RouterWeights::normalized) {
+      auto sum_T1 = weights_TK.sum(-1, /*keepdim=*/true);
+      if (options.epsilon > 0) sum_T1 = sum_T1 + options.epsilon;
+      weights_TK = weights_TK / sum_T1;
     }
   }
-  const auto sends = at::cat({sends_first, sends_second}, -1);
-  const auto ids = at::where(sends, at::cat({first_id, second_id}, -1), not_sent);
-  const auto weights = at::where(sends, at::cat({first_gate, second_gate}, -1), no);
-  return {{ids, weights, gates}, loss};
+  if (options.scale != 1.0) weights_TK = weights_TK * options.scale;
+  if (options.cast_weights) weights_TK = weights_TK.to(logits.scalar_type());
+  if (token_mask.defined()) {
+    const auto padding_T1 = token_mask.logical_not().unsqueeze(-1);
+    ids_TK = ids_TK.masked_fill(padding_T1, -1);
+    weights_TK = weights_TK.masked_fill(padding_T1, 0);
+  }
+  if (!sigmoid) return {ids_TK, weights_TK, scores_TE};
+  return {ids_TK, weights_TK, scores_TE / (scores_TE.sum(-1, /*keepdim=*/true) + kSigmoidEpsilon)};
 }
 
 namespace {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> route_op(const at::Tensor& logits, int64_t top_k,
-                                                        c10::string_view weights, double epsilon) {
-  auto routing = route(logits, top_k, parse_router_weights(std::string(weights)), epsilon);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> route_op(
+    const at::Tensor& logits, int64_t top_k, c10::string_view weights, double epsilon, c10::string_view score,
+    double scale, int64_t groups, int64_t kept_groups, int64_t group_top, c10::string_view group_mask,
+    c10::string_view precision, bool cast_weights, const std::optional<at::Tensor>& selection_bias,
+    const std::optional<at::Tensor>& token_mask) {
+  const RouterOptions options{.score = parse_score_function(std::string(score)),
+                              .weights = parse_router_weights(std::string(weights)),
+                              .epsilon = epsilon,
+                              .scale = scale,
+                              .groups = groups,
+                              .kept_groups = kept_groups,
+                              .group_top = group_top,
+                              .group_mask = parse_group_mask(std::string(group_mask)),
+                              .precision = parse_router_precision(std::string(precision)),
+                              .cast_weights = cast_weights};
+  auto routing = route(logits, top_k, options, selection_bias.value_or(at::Tensor()), token_mask.value_or(at::Tensor()));
   return {routing.topk_ids, routing.topk_weights, routing.scores};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> route_top2_op(
-    const at::Tensor& logits, c10::string_view policy, double threshold, double epsilon,
-    const std::optional<at::Tensor>& importance, const std::optional<at::Tensor>& uniform) {
-  const Top2Options options{parse_second_policy(std::string(policy)), threshold, epsilon};
-  auto [routing, loss] =
-      route_top2(logits, options, importance.value_or(at::Tensor()), uniform.value_or(at::Tensor()));
-  return {routing.topk_ids, routing.topk_weights, routing.scores, loss};
-}
-
-TORCH_LIBRARY_IMPL(turnout, CompositeImplicitAutograd, m) {
-  m.impl("route", route_op);
-  m.impl("route_top2", route_top2_op);
-}
+TORCH_LIBRARY_IMPL(turnout, CompositeImplicitAutograd, m) { m.impl("route", route_op); }
 
 }  // namespace
 }  // namespace turnout

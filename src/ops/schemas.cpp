@@ -12,8 +12,14 @@ TORCH_LIBRARY(turnout, m) {
   // router
   m.def("topk(Tensor scores, int top_k) -> Tensor");
   m.def(
-      "route(Tensor logits, int top_k, str weights='normalized', float epsilon=0.0)"
+      "route(Tensor logits, int top_k, str weights='normalized', float epsilon=0.0, *, str score='softmax',"
+      " float scale=1.0, int groups=1, int kept_groups=1, int group_top=1, str group_mask='minus_infinity',"
+      " str precision='float32', bool cast_weights=False, Tensor? selection_bias=None, Tensor? token_mask=None)"
       " -> (Tensor topk_ids, Tensor topk_weights, Tensor scores)");
+  m.def(
+      "router_preset(str family) -> (str score, str weights, float epsilon, float scale, int groups, int kept_groups,"
+      " int group_top, str group_mask, str precision, bool cast_weights)");
+  m.def("router_preset_names() -> str[]");
   m.def(
       "route_top2(Tensor logits, str policy='random', float threshold=0.2, float epsilon=1e-9,"
       " Tensor? importance=None, Tensor? uniform=None)"

@@ -85,7 +85,7 @@ TEST(MoE, AddsTheLossesItIsAskedFor) {
 TEST(MoE, DropsByCapacityOverTheBatchOrEachSequence) {
   auto options = small();
   options.top_k = 1;
-  options.router_weights = RouterWeights::probability;
+  options.router.weights = RouterWeights::probability;
   options.capacity.fixed = 2;
   MoE moe(options);
   {
@@ -104,6 +104,22 @@ TEST(MoE, DropsByCapacityOverTheBatchOrEachSequence) {
   EXPECT_EQ(each.dropped.item<int64_t>(), 2);
   EXPECT_EQ(numbers(each.routing.topk_ids), (std::vector<int64_t>{0, 0, -1, 0, 0, -1}));
   EXPECT_SAYS(per_sequence->forward(at::ones({6})), "expected [..., sequence, hidden]");
+}
+
+TEST(MoE, ChoosesByItsSelectionBias) {
+  auto options = small();
+  options.selection_bias = true;
+  options.router = {.score = ScoreFunction::sigmoid, .weights = RouterWeights::probability};
+  MoE moe(options);
+  const auto x = at::randn({9, 6});
+  const auto free = moe->forward(x);
+  ASSERT_EQ(moe->named_buffers()["selection_bias"].sizes(), (at::IntArrayRef{4}));
+  moe->selection_bias.copy_(at::tensor({0., 0., 2., 1.}));
+  const auto steered = moe->forward(x);
+  EXPECT_TRUE(steered.routing.topk_ids.eq(testing::ids({{2, 3}})).all().item<bool>());
+  const auto wanted = moe->gate.forward<at::Tensor>(x).sigmoid().narrow(1, 2, 2);
+  EXPECT_TRUE(at::equal(steered.routing.topk_weights, wanted));
+  EXPECT_TRUE(at::equal(steered.routing.scores, free.routing.scores));
 }
 
 TEST(MoE, ServesABatchWithoutTokensInEveryConfiguration) {

@@ -51,7 +51,7 @@ TEST(Route, WeighsAsEachSourceDoes) {
   // exp: 1, 2, 4, 1; sum 8
   const auto logits = at::tensor({0.0, std::log(2.0), std::log(4.0), 0.0}).view({1, 4});
   const auto expect = [&](RouterWeights weights, std::vector<double> wanted) {
-    const auto routing = route(logits, 2, weights);
+    const auto routing = route(logits, 2, {.weights = weights});
     EXPECT_EQ(numbers(routing.topk_ids), (std::vector<int64_t>{2, 1}));
     EXPECT_TRUE(at::allclose(routing.topk_weights, at::tensor(wanted).view({1, 2}), 1e-14, 0)) << to_string(weights);
     EXPECT_TRUE(at::allclose(routing.scores, at::tensor({.125, .25, .5, .125}).view({1, 4}), 1e-14, 0));
@@ -59,7 +59,7 @@ TEST(Route, WeighsAsEachSourceDoes) {
   expect(RouterWeights::normalized, {2.0 / 3, 1.0 / 3});
   expect(RouterWeights::probability, {0.5, 0.25});
   expect(RouterWeights::softmax_of_topk, {2.0 / 3, 1.0 / 3});
-  EXPECT_NEAR(route(logits, 2, RouterWeights::normalized, 0.25).topk_weights[0][0].item<double>(), 0.5, 1e-14);
+  EXPECT_NEAR(route(logits, 2, {.epsilon = 0.25}).topk_weights[0][0].item<double>(), 0.5, 1e-14);
 }
 
 TEST(Route, RunsInFloat32ForLowerTypes) {
@@ -85,6 +85,65 @@ TEST(Route, KeepsNanToItsToken) {
   for (const int64_t t : {0, 2}) EXPECT_TRUE(at::equal(routing.topk_weights[t], clean.topk_weights[t]));
   EXPECT_TRUE(routing.topk_ids.ge(0).logical_and(routing.topk_ids.lt(4)).all().item<bool>());
   EXPECT_TRUE(balance_loss(routing.scores, routing.topk_ids).isnan().item<bool>());
+}
+
+TEST(Route, LimitsTheChoiceToTheBestGroups) {
+  // Groups {.3, .05}, {.2, .19}, {.25, .01}: the maximum prefers the first, the sum of both the second.
+  const auto logits = at::tensor({.3, .05, .2, .19, .25, .01}).log().view({1, 6});
+  RouterOptions options{.weights = RouterWeights::probability, .groups = 3};
+  EXPECT_EQ(numbers(route(logits, 2, options).topk_ids), (std::vector<int64_t>{0, 1}));
+  options.group_top = 2;
+  EXPECT_EQ(numbers(route(logits, 2, options).topk_ids), (std::vector<int64_t>{2, 3}));
+  options.kept_groups = 2;
+  EXPECT_EQ(numbers(route(logits, 2, options).topk_ids), (std::vector<int64_t>{0, 2}));
+  options.scale = 2;
+  EXPECT_TRUE(at::allclose(route(logits, 2, options).topk_weights, at::tensor({.6, .4}).view({1, 2}), 1e-14, 0));
+}
+
+TEST(Route, BiasSteersTheChoiceAndLeavesTheWeights) {
+  const auto logits = at::tensor({.2, .5, .8, .4}).logit().view({1, 4});
+  const auto bias = at::tensor({.9, 0., 0., -1.}, at::kFloat);
+  const RouterOptions options{.score = ScoreFunction::sigmoid, .scale = 2};
+  const auto routing = route(logits, 2, options, bias);
+  EXPECT_EQ(numbers(routing.topk_ids), (std::vector<int64_t>{0, 2}));
+  EXPECT_TRUE(at::allclose(routing.topk_weights, at::tensor({.4, 1.6}).view({1, 2}), 1e-14, 0));
+  EXPECT_TRUE(at::allclose(routing.scores, at::tensor({.2, .5, .8, .4}).view({1, 4}) / 1.9, 1e-14, 0));
+}
+
+TEST(Route, MaskOfZeroBeatsNegativeScores) {
+  const auto logits = at::tensor({.5, .6, .3, .4}).logit().view({1, 4});
+  const auto bias = at::tensor({.1, -.9, -.9, -.9}, at::kFloat);  // biased .6, -.3 | -.6, -.5: the first group is kept
+  RouterOptions options{.score = ScoreFunction::sigmoid, .weights = RouterWeights::probability, .groups = 2};
+  EXPECT_EQ(numbers(route(logits, 2, options, bias).topk_ids), (std::vector<int64_t>{0, 1}));
+  options.group_mask = GroupMask::zero;
+  const auto routing = route(logits, 2, options, bias);
+  EXPECT_EQ(numbers(routing.topk_ids), (std::vector<int64_t>{0, 2}));
+  EXPECT_NEAR(routing.topk_weights[0][1].item<double>(), .3, 1e-14);
+}
+
+TEST(Route, SendsPaddingNowhere) {
+  const auto logits = at::tensor({1.f, 2.f, 3.f, 1.f}).view({2, 2});
+  const auto routing = route(logits, 1, {}, {}, at::tensor({1, 0}).to(at::kBool));
+  EXPECT_EQ(numbers(routing.topk_ids), (std::vector<int64_t>{1, -1}));
+  EXPECT_EQ(routing.topk_weights[1].item<float>(), 0);
+  EXPECT_TRUE(at::equal(routing.scores, logits.softmax(-1)));
+}
+
+TEST(Route, KeepsTheLogitsTypeWhereAsked) {
+  at::manual_seed(5);
+  const auto logits = at::randn({9, 5}).to(at::kBFloat16);
+  const auto low = route(logits, 2, router_preset("gpt_oss"));
+  EXPECT_EQ(low.scores.scalar_type(), at::kBFloat16);
+  EXPECT_TRUE(at::equal(low.topk_weights, logits.gather(-1, low.topk_ids).softmax(-1)));
+  const auto cast = route(logits, 2, router_preset("olmoe"));
+  EXPECT_EQ(cast.scores.scalar_type(), at::kFloat);
+  EXPECT_TRUE(at::equal(cast.topk_weights, cast.scores.gather(-1, cast.topk_ids).to(at::kBFloat16)));
+}
+
+TEST(Presets, AreAllPossible) {
+  for (const auto& family : router_preset_names()) check(router_preset(family), 2, 64);
+  EXPECT_SAYS(router_preset("dense"), "router preset is 'dense', expected one of mixtral, qwen2_moe");
+  EXPECT_SAYS(check(router_preset("deepseek_v3"), 8, 12), "groups is 8, expected a divisor of 12 experts");
 }
 
 TEST(RouteTop2, FollowsThePoliciesByHand) {
@@ -162,7 +221,7 @@ TEST(RouterErrors, NameWhatTheyGot) {
   EXPECT_SAYS(balance_loss(at::zeros({2, 3}), ids({{0}})), "expected size 2 (tokens of scores)");
   EXPECT_SAYS(balance_loss(at::zeros({1, 3}), ids({{3}})), "turnout::balance_loss: topk_ids holds an id");
   EXPECT_SAYS(balance_loss(at::zeros({1, 3}), ids({{0}}).to(at::kMeta)), "topk_ids is on meta, but scores is on cpu");
-  EXPECT_SAYS(route(at::zeros({1, 3}), 1, RouterWeights::normalized, kNan), "epsilon is nan");
+  EXPECT_SAYS(route(at::zeros({1, 3}), 1, {.epsilon = kNan}), "epsilon is nan");
 }
 
 }  // namespace

@@ -101,7 +101,7 @@ TEST_P(EveryShape, OptionsSurviveJson) {
   LanguageModelOptions o = options();
   o.moe.capacity.factor = 1.25;
   o.moe.capacity.order = DropOrder::score;
-  o.moe.router_weights = RouterWeights::softmax_of_topk;
+  o.moe.router.weights = RouterWeights::softmax_of_topk;
   o.alpha = 0.1;
   EXPECT_EQ(to_json(language_model_options_from_json(to_json(o))), to_json(o));
 }

@@ -20,7 +20,7 @@ void expect_same(Activation activation, bool bias, const MoEOptions& options, in
   const auto truth = dense->forward(x);
   EXPECT_EQ(out.output.scalar_type(), type);
   EXPECT_LE((out.output - truth).abs().max().item<double>(), bound(truth, kHidden + kFfn, type))
-      << to_string(activation) << " slices " << slices << " weights " << to_string(options.router_weights);
+      << to_string(activation) << " slices " << slices << " weights " << to_string(options.router.weights);
   const auto copy = out.routing.topk_ids.div(slices, "floor").view({33, options.top_k / slices, slices});
   EXPECT_TRUE(copy.eq(copy.narrow(2, 0, 1)).all().item<bool>()) << "the choices are whole copies";
 }
@@ -32,7 +32,7 @@ TEST(Upcycle, ComputesWhatTheDenseBlockDid) {
       for (const bool bias : {false, true})
         for (const auto weights : {RouterWeights::normalized, RouterWeights::softmax_of_topk})
           for (const int64_t slices : {1, 2, 4, 8}) {
-            MoEOptions options{.num_experts = 4 * slices, .top_k = 2 * slices, .router_weights = weights};
+            MoEOptions options{.num_experts = 4 * slices, .top_k = 2 * slices, .router = {.weights = weights}};
             expect_same(activation, bias, options, slices, type);
           }
 }
@@ -40,7 +40,7 @@ TEST(Upcycle, ComputesWhatTheDenseBlockDid) {
 TEST(Upcycle, ProbabilitiesAddUpWhereLogitsAreEqual) {
   at::manual_seed(22);
   FeedForward dense(FeedForwardOptions{kHidden, kFfn, Activation::swiglu, true});
-  MoEOptions options{.num_experts = 12, .top_k = 4, .router_weights = RouterWeights::probability};
+  MoEOptions options{.num_experts = 12, .top_k = 4, .router = {.weights = RouterWeights::probability}};
   MoE moe = upcycle(dense, options, 4);
   {
     const at::NoGradGuard no_grad;

@@ -79,6 +79,22 @@ def test_route(weights, top_k) -> None:
     assert gradcheck(lambda logits: turnout.route(logits, top_k, weights)[1:], [leaf(5, 4)])
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("weights", ["normalized", "probability", "softmax_of_topk"])
+@pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
+def test_route_with_every_option(check, weights, score) -> None:
+    bias = torch.randn(6)
+    mask = torch.tensor([True, True, False, True])
+
+    def call(logits):
+        return turnout.route(
+            logits, 2, weights, 1e-3, score=score, scale=1.5, groups=3, kept_groups=2, group_top=2,
+            selection_bias=bias, token_mask=mask,
+        )[1:]
+
+    assert check(call, [leaf(4, 6)])
+
+
 @pytest.mark.parametrize("with_importance", [False, True])
 @pytest.mark.parametrize("policy", ["all", "none", "threshold", "random"])
 def test_route_top2(policy, with_importance) -> None:

@@ -45,7 +45,7 @@ def package(policy, factor, **sizes):
 
 def test_text_has_every_part_within_80_columns():
     for arguments in [], ["--hierarchical"], ["--experts", 64, "--sequence", 32], ["--step", 3], \
-            ["--router", "normalized", "--top-k", 3, "--experts", 8]:
+            ["--router", "mixtral", "--top-k", 3, "--experts", 8]:
         output = inspect(*arguments)
         assert "\033" not in output
         assert max(map(len, output.splitlines())) <= 80, [line for line in output.splitlines() if len(line) > 80]
@@ -153,7 +153,7 @@ def test_two_levels_add_up():
 
 
 def test_other_routers_and_orders():
-    for router in "normalized", "probability", "softmax_of_topk":
+    for router in "mixtral", "switch", "gpt_oss":
         found = numbers("--router", router, "--top-k", 3, "--experts", 6, "--drop-order", "random", "--seed", 2)
         assert "policies" not in found
         x, gate, *_ = drawn(experts=6, seed=2)
@@ -171,8 +171,9 @@ def test_other_routers_and_orders():
     ("--experts 60000 --inner 60000", "too many experts"),
     ("--policy some", "'some', expected one of all, none, threshold, random"),
     ("--router best", "'best', expected one of"),
+    ("--router deepseek_v3", "groups"),
     ("--top-k 3", "--top-k is 3, expected 2 with --router gshard"),
-    ("--router normalized --top-k 9", "--top-k is 9, expected 1 to the number of experts, 4"),
+    ("--router mixtral --top-k 9", "--top-k is 9, expected 1 to the number of experts, 4"),
     ("--threshold -1", "--threshold is -1"),
     ("--capacity-factor nan", "--capacity-factor is nan"),
     ("--factors 1,-2", "--factors holds -2"),

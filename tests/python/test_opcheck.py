@@ -81,6 +81,12 @@ def test_op(case) -> None:
     torch.library.opcheck(op, CASES[case](), **checks)
 
 
+def test_route_with_every_option() -> None:
+    options = {**turnout.router_preset("deepseek_v3"), "groups": 3, "kept_groups": 2}
+    tensors = {"selection_bias": torch.randn(6), "token_mask": torch.tensor([True, True, False, True])}
+    torch.library.opcheck(OPS.route.default, (leaf(4, 6), 2), {**options, **tensors}, test_utils=CHECKS)
+
+
 def test_experts_backward() -> None:
     """Without gradients of its own: it refuses a second derivative."""
     x, weights, *rest = without_gradients(experts_arguments("bank"))
@@ -95,5 +101,5 @@ def test_no_op_is_left_out() -> None:
     }
     tested = {case.split()[0] for case in CASES} | {"experts_backward"}
     assert declared - tested == {
-        "expert_capacity", "kernel_choices", "packed_layout", "release_scratch"
+        "expert_capacity", "kernel_choices", "packed_layout", "release_scratch", "router_preset", "router_preset_names"
     }  # words and numbers out
