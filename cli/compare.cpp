@@ -42,7 +42,8 @@ Contestant contestant(const std::string& name, const LanguageModelOptions& model
   return {.name = name, .trainer = std::move(trainer), .telemetry = std::move(telemetry)};
 }
 
-Json settings_json(const CompareOptions& options, const ByteText& text, const Contestant& dense, const Contestant& moe) {
+Json settings_json(const CompareOptions& options, const ByteText& text, const Contestant& dense,
+                   const Contestant& moe) {
   Json json;
   json["results"] = results_json(dense, moe);
   json["models"] = {{dense.name, Json::parse(to_json(dense.trainer.model->options))},
@@ -73,8 +74,7 @@ std::string report(const CompareOptions& options, Json data, const ByteText& tex
   data["telemetry"] = lines_json(dense.telemetry.jsonl() + moe.telemetry.jsonl());
   data["layers"] = Json::array();
   const TrainingOptions& training = options.run.training;
-  const TextWindows windows =
-      windows_of(text.held_out, options.run.model.context, training.batch, training.eval_bytes);
+  const TextWindows windows = windows_of(text.held_out, options.run.model.context, training.batch, training.eval_bytes);
   for (const LayerTrace& trace : trace_model(moe.trainer.model, windows, training.batch))
     data["layers"].push_back({{"trace", trace_json(trace)}, {"takers", takers_json(trace, windows)}});
   return report_page("Dense against mixture of experts", data);

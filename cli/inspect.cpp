@@ -72,11 +72,10 @@ void write_page(const InspectOptions& o, Json json, const std::string& subtitle)
 }
 
 std::string headline(const ExampleOptions& o) {
-  std::string text = fmt::format("{} x {} tokens, hidden {}, {} experts, router {}", o.batch, o.sequence, o.hidden,
-                                 o.experts, o.router);
-  text += o.gshard() ? fmt::format("\nsecond expert {} (threshold {:g}), ", to_string(o.policy), o.threshold)
-                     : fmt::format(", top {}\n", o.top_k);
-  return text + fmt::format("capacity factor {:g}, at least {} places, seed {}\n\n", o.factor, o.minimum, o.seed);
+  std::string text = fmt::format("{} x {} tokens, hidden {}, {} experts, router {}, top {}, seed {}\n", o.batch,
+                                 o.sequence, o.hidden, o.experts, o.router, o.top_k, o.seed);
+  if (o.gshard()) text += fmt::format("second expert {} (threshold {:g}), ", to_string(o.policy), o.threshold);
+  return text + fmt::format("capacity factor {:g}, at least {} places\n\n", o.factor, o.minimum);
 }
 
 void inspect(InspectOptions& o) {
@@ -87,7 +86,8 @@ void inspect(InspectOptions& o) {
   const Json json = of_layer ? Json{{"layer", layer_json(o.layer)}} : inspect_example(o, o.json);
   const std::string head = of_layer ? "" : headline(o.example);
   if (!o.html.empty())
-    write_page(o, of_layer ? json : inspect_example(o, true), of_layer ? json["layer"]["input"].get<std::string>() : head);
+    write_page(o, of_layer ? json : inspect_example(o, true),
+               of_layer ? json["layer"]["input"].get<std::string>() : head);
   std::string text = o.json ? json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n"
                             : head + inspection_text(json, Style::of_standard_output());
   if (!o.html.empty() && !o.json) text += "\nWritten: " + o.html + "\n";
@@ -96,7 +96,8 @@ void inspect(InspectOptions& o) {
 
 template <class T>
 void add_word(CLI::App* app, const char* flag, T& value, T (*parse)(const std::string&), const char* help) {
-  app->add_option_function<std::string>(flag, [&value, parse](const std::string& word) { value = parse(word); }, help)
+  app->add_option_function<std::string>(
+         flag, [&value, parse](const std::string& word) { value = parse(word); }, help)
       ->default_str(to_string(value));
 }
 
@@ -105,7 +106,8 @@ void add_example_options(CLI::App* app, ExampleOptions& o, CLI::Option*& minimum
   app->add_option("--sequence", o.sequence, "Tokens of a sequence")->capture_default_str();
   app->add_option("--hidden", o.hidden, "Width of a token")->capture_default_str();
   app->add_option("--ffn", o.ffn, "Width of an expert; 0: 4 times hidden")->capture_default_str();
-  app->add_option("--experts", o.experts, "Experts; of the outer level in the hierarchical view")->capture_default_str();
+  app->add_option("--experts", o.experts, "Experts; of the outer level in the hierarchical view")
+      ->capture_default_str();
   app->add_option("--inner", o.inner, "Experts within each outer one")->capture_default_str();
   app->add_option("--router", o.router,
                   fmt::format("gshard: top 2, with a policy for the second; or that of another family: {}",
@@ -115,7 +117,8 @@ void add_example_options(CLI::App* app, ExampleOptions& o, CLI::Option*& minimum
   add_word(app, "--policy", o.policy, parse_second_policy, "Of the second expert: all, none, threshold, random");
   app->add_option("--threshold", o.threshold, "Of the policies threshold and random")->capture_default_str();
   app->add_option("--capacity-factor", o.factor, "Places over the mean load")->capture_default_str();
-  minimum = app->add_option("--minimum-capacity", o.minimum, "Places of an expert, at least (default: 4 with gshard, else 0)");
+  minimum = app->add_option("--minimum-capacity", o.minimum,
+                            "Places of an expert, at least (default: 4 with gshard, else 0)");
   add_word(app, "--drop-order", o.order, parse_drop_order, "Who is dropped last: choice, position, score, random");
   app->add_option("--seed", o.seed, "Of weights and input")->check(kSeeds)->capture_default_str();
 }
@@ -127,16 +130,25 @@ void add_inspect(CLI::App& program) {
   auto o = std::make_shared<InspectOptions>();
   CLI::Option* minimum = nullptr;
   add_example_options(app, o->example, minimum);
+  CLI::Option* checkpoint = app->add_option("--checkpoint", o->layer.checkpoint,
+                                            "Folder of a trained model: look at one of its layers instead");
+  app->add_option("--layer", o->layer.layer, "Of the checkpoint, from 0")->capture_default_str()->needs(checkpoint);
+  app->add_option("--text", o->layer.text, "File that is sent through the model (default: random rows)")
+      ->needs(checkpoint);
+  app->add_option("--tokens", o->layer.tokens, "Tokens to send through the layer, at most")
+      ->capture_default_str()
+      ->needs(checkpoint);
   app->add_option("--view", o->views, "Parts to show: stages, tokens, policies, capacity, collapse, hierarchy")
-      ->delimiter(',');
-  app->add_option("--factors", o->factors, "Capacity factors of the sweep")->delimiter(',')->capture_default_str();
+      ->delimiter(',')
+      ->excludes(checkpoint);
+  app->add_option("--factors", o->factors, "Capacity factors of the sweep")
+      ->delimiter(',')
+      ->capture_default_str()
+      ->excludes(checkpoint);
   app->add_option("--step", o->step, "Walk this token from gate to output, numbers shown")
-      ->check(CLI::Range(int64_t{0}, int64_t{1} << 32));
-  app->add_flag("--hierarchical", o->hierarchical, "Show a hierarchy of two levels as well");
-  app->add_option("--checkpoint", o->layer.checkpoint, "Folder of a trained model: look at one of its layers");
-  app->add_option("--layer", o->layer.layer, "Of the checkpoint, from 0")->capture_default_str();
-  app->add_option("--text", o->layer.text, "File that is sent through the model (default: random rows)");
-  app->add_option("--tokens", o->layer.tokens, "Tokens to send through the layer, at most")->capture_default_str();
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 32))
+      ->excludes(checkpoint);
+  app->add_flag("--hierarchical", o->hierarchical, "Show a hierarchy of two levels as well")->excludes(checkpoint);
   app->add_option("--html", o->html, "File for a page with charts, which needs no network");
   app->add_flag("--json", o->json, "All numbers as JSON on standard output");
   app->footer(

@@ -45,8 +45,7 @@ Json hierarchy_json(const Example& example) {
   at::manual_seed(o.seed);
   const Top2GatingOutput outer = layer->gate_outer(example.x);
   const DispatchPlan slots = slot_plan(outer.routing.topk_ids, o.experts, outer.capacity, outer.group_size);
-  const at::Tensor slot_x =
-      dispatch(example.x_rows(), slots).view({o.experts, o.batch, outer.capacity, o.hidden});
+  const at::Tensor slot_x = dispatch(example.x_rows(), slots).view({o.experts, o.batch, outer.capacity, o.hidden});
   const at::Tensor importance =
       slot_importance(outer.routing.topk_weights, slots).view({o.experts, o.batch, outer.capacity});
   const Top2GatingOutput inner = layer->gate_inner(slot_x, importance);

@@ -53,8 +53,8 @@ Json layer_json(const LayerOptions& o) {
       windows_of(read_file(o.text, kLongestText), model->options.context, kWindowsACall, o.tokens);
   for (const LayerTrace& trace : trace_model(model, windows, kWindowsACall)) {
     if (trace.layer != o.layer) continue;
-    json["input"] = fmt::format("{} bytes of {} through the model, in windows of {}", windows.text.size(), o.text,
-                                windows.length);
+    json["input"] =
+        fmt::format("{} bytes of {} through the model, in windows of {}", windows.text.size(), o.text, windows.length);
     json["trace"] = trace_json(trace);
     json["takers"] = takers_json(trace, windows);
   }

@@ -24,8 +24,8 @@ std::string fitting(const Json& list, size_t width) {
 std::string takers_text(const Json& takers, const Style& style) {
   std::string text = style.strong("WHAT EACH EXPERT TAKES") + " (share of its rows)\n";
   for (const Json& taker : takers) {
-    const std::string head = fmt::format("  expert {:<3} {:>4.1f} % ", taker["expert"].get<int64_t>(),
-                                         100 * taker["share"].get<double>());
+    const std::string head =
+        fmt::format("  expert {:<3} {:>4.1f} % ", taker["expert"].get<int64_t>(), 100 * taker["share"].get<double>());
     const std::string indent(head.size(), ' ');
     text += head + "bytes  " + fitting(taker["bytes"], kLineWidth - head.size() - 7) + "\n";
     if (!taker["words"].empty())

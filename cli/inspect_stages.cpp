@@ -28,15 +28,16 @@ Passed pass(const Example& example) {
   p.slots = slot_plan(kept.topk_ids, o.experts, p.routed.capacity, o.group());
   p.dense = dispatch_tensors(kept.topk_ids, kept.topk_weights, o.experts, p.routed.capacity, o.group());
   p.expert_inputs = dispatch(example.x_rows(), p.slots);
-  p.expert_outputs =
-      compat::Experts(example.experts)->forward(p.expert_inputs.view({o.experts, -1, o.hidden}));
+  p.expert_outputs = compat::Experts(example.experts)->forward(p.expert_inputs.view({o.experts, -1, o.hidden}));
   p.output_of_slots = combine(p.expert_outputs.view({-1, o.hidden}), kept.topk_weights, p.slots);
   return p;
 }
 
 Json stage(const char* described, Json described_shape, const char* here, Json here_shape) {
-  return {{"described", described}, {"described_shape", std::move(described_shape)},
-          {"here", here},           {"shape", std::move(here_shape)}};
+  return {{"described", described},
+          {"described_shape", std::move(described_shape)},
+          {"here", here},
+          {"shape", std::move(here_shape)}};
 }
 
 const char* fate_of(int64_t wanted, int64_t chosen, int64_t kept) {

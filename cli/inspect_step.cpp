@@ -57,7 +57,9 @@ Json step_json(const Example& example, int64_t token) {
     Json choice = {{"expert", wanted},
                    {"probability", probability},
                    {"weight", to_json(at_choice(routed.wanted.topk_weights))},
-                   {"fate", kept >= 0 ? "kept" : chosen >= 0 ? "dropped" : "left out"}};
+                   {"fate", kept >= 0     ? "kept"
+                            : chosen >= 0 ? "dropped"
+                                          : "left out"}};
     if (chosen >= 0) choice["place"] = to_json(at_choice(routed.places));
     if (kept >= 0) {
       const auto slot = at_choice(slots.row_of_choice).item<int64_t>();

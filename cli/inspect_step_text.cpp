@@ -66,7 +66,7 @@ std::string slots_text(const Json& json, const Style& style) {
                           choice["row"].get<int64_t>());
     } else if (choice["fate"] == "dropped") {
       text += fmt::format("  slot    {}\n", style.bad(fmt::format("expert {}: place {} of {}: dropped", expert,
-                                                                   choice["place"].get<int64_t>(), capacity)));
+                                                                  choice["place"].get<int64_t>(), capacity)));
     }
   }
   return text;
@@ -80,7 +80,8 @@ std::string combine_text(const Json& json, bool more) {
     text += fmt::format("  expert  {}(x) = {}\n", expert, vector_text(choice["output"], more));
     sum += fmt::format("{}{:.4f} * {}(x)", sum.empty() ? "" : " + ", choice["weight"].get<double>(), expert);
   }
-  return text + fmt::format("  combine {}\n        = {}\n", sum.empty() ? "nothing: the token passes by the residual" : sum,
+  return text + fmt::format("  combine {}\n        = {}\n",
+                            sum.empty() ? "nothing: the token passes by the residual" : sum,
                             vector_text(json["output"], more));
 }
 
@@ -89,7 +90,8 @@ std::string combine_text(const Json& json, bool more) {
 std::string step_text(const Json& json, const Style& style) {
   const bool more = json["more"].get<bool>();
   std::string text = style.strong(fmt::format("TOKEN {}: SEQUENCE {}, POSITION {}", json["token"].get<int64_t>(),
-                                              json["sequence"].get<int64_t>(), json["position"].get<int64_t>())) + "\n";
+                                              json["sequence"].get<int64_t>(), json["position"].get<int64_t>())) +
+                     "\n";
   text += fmt::format("  input   x = {}\n", vector_text(json["x"], more));
   text += scores_text(json) + weights_text(json);
   if (json.contains("policy")) text += policy_text(json);

@@ -6,11 +6,13 @@
 
 #include <ATen/Functions.h>
 
+#include <algorithm>
+
 namespace turnout::cli {
 namespace {
 
-constexpr double kConfidence = 8.0;     // logit of the expert that a token of collapse_json() wants
-constexpr int64_t kCollapseSteps = 8;
+constexpr double kConfidence = 8.0;  // logit of the expert that a token of collapse_json() wants
+constexpr int64_t kMostSteps = 8;
 
 /// Logits where the first `moved` tokens of the order want expert 0 and each other token its own in turn.
 at::Tensor collapsing_logits(int64_t tokens, int64_t experts, double share) {
@@ -87,8 +89,10 @@ Json collapse_json(const Example& example) {
   const int64_t tokens = o.tokens();
   const int64_t places = expert_capacity(capacity_of(o), o.group(), 2, o.experts);
   Json list = Json::array();
-  for (int64_t step = 0; step <= kCollapseSteps; ++step) {
-    const double share = static_cast<double>(step) / kCollapseSteps;
+  // Tokens move by whole turns of the experts: fewer turns, fewer steps.
+  const int64_t steps = std::clamp<int64_t>(tokens / o.experts, 1, kMostSteps);
+  for (int64_t step = 0; step <= steps; ++step) {
+    const double share = static_cast<double>(step) / static_cast<double>(steps);
     const auto logits = collapsing_logits(tokens, o.experts, share);
     const Top2Routing top2 = route_top2(logits.unsqueeze(0), {.policy = SecondPolicy::none});
     const Routing first{top2.routing.topk_ids[0], top2.routing.topk_weights[0], top2.routing.scores[0]};

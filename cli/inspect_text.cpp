@@ -30,8 +30,8 @@ std::string choice_cell(const Json& choice, const Style& style) {
 }
 
 std::string choices_line(const Json& token, const Style& style) {
-  std::string line = fmt::format("  {:<6}", fmt::format("{}:{}", token["sequence"].get<int64_t>(),
-                                                       token["position"].get<int64_t>()));
+  std::string line =
+      fmt::format("  {:<6}", fmt::format("{}:{}", token["sequence"].get<int64_t>(), token["position"].get<int64_t>()));
   const Json& scores = token["scores"];
   if (scores.size() <= kScoresShown)
     for (const Json& score : scores) line += fmt::format(" {:.2f}", score.get<double>());
@@ -69,12 +69,12 @@ std::string stages_text(const Json& json, const Style& style) {
   std::string text = title(style, "STAGES");
   text += style.faint(fmt::format("  {:<17}{:<17}{:<29}{}", "described as", "shape", "here", "shape")) + "\n";
   for (const Json& stage : json["stages"]) {
-    const std::string line = fmt::format("  {:<17}{:<17}{:<29}{}", stage["described"].get<std::string>(),
-                                         shape_text(stage["described_shape"]), stage["here"].get<std::string>(),
-                                         shape_text(stage["shape"]));
+    const std::string line =
+        fmt::format("  {:<17}{:<17}{:<29}{}", stage["described"].get<std::string>(),
+                    shape_text(stage["described_shape"]), stage["here"].get<std::string>(), shape_text(stage["shape"]));
     text += line.substr(0, line.find_last_not_of(' ') + 1) + "\n";
   }
-  text += fmt::format("  The dispatch tensor holds {} numbers, {} of them not 0; the plan says the same in {}.\n",
+  text += fmt::format("  The dispatch tensor holds {} numbers, {} not 0; the plan says the same in {}.\n",
                       json["dispatch_tensor_numbers"].get<int64_t>(), json["dispatch_tensor_ones"].get<int64_t>(),
                       json["plan_numbers"].get<int64_t>());
   text += fmt::format("  {} rows in {} slots. Balance loss {:.4f}, before its coefficient.\n",
@@ -88,7 +88,8 @@ std::string tokens_text(const Json& json, const Style& style) {
   const size_t experts = json.empty() ? 0 : json[0]["scores"].size();
   if (experts <= kScoresShown)
     for (size_t e = 0; e < experts; ++e) head += fmt::format(" {:<4}", fmt::format("e{}", e));
-  head += fmt::format("  {:<21}{}", "first choice", json.empty() || json[0]["choices"].size() < 2 ? "" : "second choice");
+  head +=
+      fmt::format("  {:<21}{}", "first choice", json.empty() || json[0]["choices"].size() < 2 ? "" : "second choice");
   text += style.faint(head.substr(0, head.find_last_not_of(' ') + 1)) + "\n";
   for (size_t t = 0; t < std::min(json.size(), kTokensShown); ++t) text += choices_line(json[t], style);
   if (json.size() > kTokensShown) text += fmt::format("  and {} more tokens (--json)\n", json.size() - kTokensShown);
@@ -111,12 +112,13 @@ std::string capacity_text(const Json& json, const Style& style) {
   text += style.faint("  factor   places   dropped choices   tokens left alone    idle slots") + "\n";
   for (const Json& entry : json) {
     const auto dropped = entry["dropped"].get<int64_t>();
-    const std::string cell = fmt::format(
-        "{:>17}", fmt::format("{} ({})", dropped, percent(entry["dropped_share"].get<double>())));
-    text += fmt::format("  {:>6} {:>8} {} {:>19} {:>13}\n", fmt::format("{:g}", entry["factor"].get<double>()),
-                        entry["places"].get<int64_t>(), dropped > 0 ? style.bad(cell) : cell,
-                        entry["tokens_without_expert"].get<int64_t>(),
-                        fmt::format("{} ({})", entry["idle"].get<int64_t>(), percent(entry["idle_share"].get<double>())));
+    const std::string cell =
+        fmt::format("{:>17}", fmt::format("{} ({})", dropped, percent(entry["dropped_share"].get<double>())));
+    text +=
+        fmt::format("  {:>6} {:>8} {} {:>19} {:>13}\n", fmt::format("{:g}", entry["factor"].get<double>()),
+                    entry["places"].get<int64_t>(), dropped > 0 ? style.bad(cell) : cell,
+                    entry["tokens_without_expert"].get<int64_t>(),
+                    fmt::format("{} ({})", entry["idle"].get<int64_t>(), percent(entry["idle_share"].get<double>())));
   }
   return text;
 }
@@ -125,11 +127,11 @@ std::string collapse_text(const Json& json, const Style& style) {
   std::string text = title(style, "FROM BALANCED TO COLLAPSED");
   text += style.faint("  share moved   loss     max/mean  dropped   first choices of each expert") + "\n";
   for (const Json& entry : json)
-    text += load_text(fmt::format("  {:>9}     {:.4f} {:>10.2f} {:>8}   ", percent(entry["share"].get<double>()),
-                                  entry["loss"].get<double>(), entry["max_over_mean"].get<double>(),
-                                  entry["dropped"].get<int64_t>()),
-                      entry["wanted"]);
-  return text + "  The loss is 1 when balanced and comes near the number of experts when collapsed.\n";
+    text += load_text(
+        fmt::format("  {:>9}     {:.4f} {:>10.2f} {:>8}   ", percent(entry["share"].get<double>()),
+                    entry["loss"].get<double>(), entry["max_over_mean"].get<double>(), entry["dropped"].get<int64_t>()),
+        entry["wanted"]);
+  return text + "  The loss is 1 when balanced and nears the number of experts when collapsed.\n";
 }
 
 std::string hierarchy_text(const Json& json, const Style& style) {
@@ -153,9 +155,10 @@ std::string hierarchy_text(const Json& json, const Style& style) {
 
 std::string inspection_text(const Json& json, const Style& style) {
   using Section = std::string (*)(const Json&, const Style&);
-  constexpr std::pair<const char*, Section> kSections[] = {
-      {"layer", layer_text},       {"stages", stages_text},     {"tokens", tokens_text},       {"step", step_text},
-      {"policies", policies_text}, {"capacity", capacity_text}, {"collapse", collapse_text}, {"hierarchy", hierarchy_text}};
+  constexpr std::pair<const char*, Section> kSections[] = {{"layer", layer_text},       {"stages", stages_text},
+                                                           {"tokens", tokens_text},     {"step", step_text},
+                                                           {"policies", policies_text}, {"capacity", capacity_text},
+                                                           {"collapse", collapse_text}, {"hierarchy", hierarchy_text}};
   std::string text;
   for (const auto& [name, section] : kSections)
     if (json.contains(name)) text.append(text.empty() ? "" : "\n").append(section(json[name], style));

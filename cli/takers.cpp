@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kBytes = 256;
 constexpr size_t kListed = 8;
 constexpr size_t kExamples = 3;
-constexpr int64_t kAround = 24;    // bytes shown on each side of an example
+constexpr int64_t kAround = 24;     // bytes shown on each side of an example
 constexpr int64_t kFewestUses = 4;  // of a byte or word in the rows of an expert, to be listed
 
 /// Bytes as readable text: what is not ASCII, or moves the cursor, by a sign.
@@ -60,7 +60,9 @@ Classes words_of(const TextWindows& windows) {
   Classes classes;
   std::unordered_map<std::string, int64_t> ids;
   const std::string& text = windows.text;
-  const auto in_word = [&](size_t i) { return std::isalnum(static_cast<unsigned char>(text[i])) != 0 || text[i] == '_'; };
+  const auto in_word = [&](size_t i) {
+    return std::isalnum(static_cast<unsigned char>(text[i])) != 0 || text[i] == '_';
+  };
   classes.of_token.assign(text.size(), -1);
   for (size_t begin = 0; begin < text.size();) {
     if (!in_word(begin)) {
@@ -114,7 +116,10 @@ Json example_at(const TextWindows& windows, int64_t token, double weight) {
   const auto part = [&](int64_t a, int64_t b) {
     return readable(std::string_view(windows.text).substr(static_cast<size_t>(a), static_cast<size_t>(b - a)));
   };
-  return {{"before", part(from, token)}, {"at", part(token, token + 1)}, {"after", part(token + 1, to)}, {"weight", weight}};
+  return {{"before", part(from, token)},
+          {"at", part(token, token + 1)},
+          {"after", part(token + 1, to)},
+          {"weight", weight}};
 }
 
 /// For the first bytes that the expert favours: the place where it weighs most.

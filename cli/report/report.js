@@ -119,6 +119,7 @@ function start() {
   const prefers = window.matchMedia("(prefers-color-scheme: dark)");
   dark = prefers.matches;
   document.documentElement.dataset.scheme = dark ? "dark" : "light";
+  document.documentElement.classList.toggle("picture", location.hash === "#picture");
   if (data.results) compareSections();
   if (data.layer) layerSections();
   if (data.options) exampleSections();

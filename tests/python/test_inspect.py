@@ -182,6 +182,8 @@ def test_other_routers_and_orders():
     ("--step 16", "--step is 16, expected a token from 0 to 15"),
     ("--seed -1", "--seed"),
     ("--checkpoint no/such/folder", "no/such/folder"),
+    ("--checkpoint no/such/folder --step 1", "--step"),
+    ("--text README.md", "--text requires --checkpoint"),
     ("--html no/such/folder/page.html", "no/such/folder/page.html"),
 ])
 def test_bad_input_is_one_line_and_status_2(arguments, words, tmp_path):
