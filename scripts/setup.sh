@@ -56,6 +56,7 @@ install_headers() {
   has_header nlohmann/json.hpp || missing+=(nlohmann-json3-dev)
   has_header gtest/gtest.h || missing+=(libgtest-dev)
   has_header benchmark/benchmark.h || missing+=(libbenchmark-dev)
+  has_header gloo/context.h || missing+=(libgloo-dev)
   if [[ ${#missing[@]} -gt 0 ]]; then
     apt_install "Debian packages" "${missing[@]}"
   fi

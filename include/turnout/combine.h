@@ -22,4 +22,11 @@ at::Tensor dispatch(const at::Tensor& x, const DispatchPlan& plan);
 /// Gradient: to rows and topk_weights. Double backward works. Deterministic.
 at::Tensor combine(const at::Tensor& rows, const at::Tensor& topk_weights, const DispatchPlan& plan);
 
+/// y + shared, or y + σ(gate_logits) · shared: what shared experts made, added to what the routed ones did.
+///
+/// @param y, shared [tokens, hidden]
+/// @param gate_logits [tokens, 1] (Qwen2-MoE), or undefined (DeepSeek)
+/// Gradient: to all three. Double backward works. Deterministic.
+at::Tensor add_shared(const at::Tensor& y, const at::Tensor& shared, const at::Tensor& gate_logits = {});
+
 }  // namespace turnout

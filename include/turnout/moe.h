@@ -13,6 +13,7 @@
 #include <torch/nn/pimpl.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -48,7 +49,20 @@ class ExpertsModule : public torch::nn::Module {
  public:
   /// x [tokens, hidden], topk_weights [tokens, top_k] → [tokens, hidden]
   virtual at::Tensor forward(const at::Tensor& x, const at::Tensor& topk_weights, const DispatchPlan& plan) = 0;
+  /// The same, and calls `beside` once: where experts wait for other ranks, meanwhile.
+  virtual at::Tensor forward_beside(const at::Tensor& x, const at::Tensor& topk_weights, const DispatchPlan& plan,
+                                    const std::function<void()>& beside) {
+    beside();
+    return forward(x, topk_weights, plan);
+  }
   virtual int64_t num_experts() const = 0;
+};
+
+/// A part of a bank: experts [first, first + count) of `all`.
+struct ExpertRange {
+  int64_t first = 0;
+  int64_t count = 0;
+  int64_t all = 0;
 };
 
 /// Feed-forward experts whose weights stand in one bank a matrix; runs as one fused op.
@@ -56,6 +70,8 @@ class FeedForwardBankImpl : public ExpertsModule {
  public:
   /// @throws c10::ValueError for sizes below 1
   FeedForwardBankImpl(FeedForwardOptions options, int64_t num_experts);
+  /// The experts of a range alone, with the weights that they have in the whole bank drawn from the same random state.
+  FeedForwardBankImpl(FeedForwardOptions options, ExpertRange range);
   at::Tensor forward(const at::Tensor& x, const at::Tensor& topk_weights, const DispatchPlan& plan) override;
   int64_t num_experts() const override { return up.size(0); }
   ExpertWeights weights() const;

@@ -1,7 +1,8 @@
 """Turnout: Mixture of Experts on LibTorch.
 
 The stages of an MoE layer as functions over tensors, each one an op that C++ shares: route, limit_capacity, plan,
-dispatch, combine, fused_experts and the losses. `turnout.compat` has the layers of five well-known descriptions.
+dispatch, combine, fused_experts and the losses. MoE and HierarchicalMoE are modules of them; `turnout.compat` has the
+layers of five well-known descriptions.
 All ops run under torch.compile and torch.export without graph breaks, on the CPU and on any device of torch.
 """
 
@@ -11,6 +12,7 @@ _library.load()
 
 from . import compat, nn  # noqa: E402  (ops exist from here on)
 from .experts import PackedExperts, fused_experts, prepack  # noqa: E402
+from .nn import CapacityOptions, HierarchicalMoE, HierarchicalMoEOutput, MoE, MoEOutput  # noqa: E402
 from .ops import (  # noqa: E402
     Capped,
     DispatchPlan,
@@ -18,6 +20,7 @@ from .ops import (  # noqa: E402
     RouterOptions,
     Routing,
     Top2Routing,
+    add_shared,
     balance_loss,
     combine,
     dispatch,
@@ -43,14 +46,20 @@ from .runtime import KernelChoice, kernel_choices, release_scratch  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
+    "CapacityOptions",
     "Capped",
     "DispatchPlan",
     "DispatchTensors",
+    "HierarchicalMoE",
+    "HierarchicalMoEOutput",
     "KernelChoice",
+    "MoE",
+    "MoEOutput",
     "PackedExperts",
     "RouterOptions",
     "Routing",
     "Top2Routing",
+    "add_shared",
     "balance_loss",
     "combine",
     "compat",

@@ -9,7 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .ops import DispatchPlan
+
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu"]
+GATED: tuple[Activation, ...] = ("swiglu", "geglu")
+"""Activations whose `up` holds gate rows, then up rows."""
 Weights = Tensor | Sequence[Tensor]
 
 
@@ -33,7 +37,7 @@ class PackedExperts:
 
 def fused_experts(
     x: Tensor,
-    topk_ids: Tensor,
+    topk_ids: Tensor | DispatchPlan,
     topk_weights: Tensor,
     up: Weights | PackedExperts,
     down: Weights | None = None,
@@ -46,7 +50,7 @@ def fused_experts(
     """y[t] = Σ_k topk_weights[t, k] · (down_e · act(up_e · x[t] + up_bias_e) + down_bias_e), e = topk_ids[t, k].
 
     x: [tokens, hidden] float32, float64, bfloat16 or float16; all weights and biases of the same type
-    topk_ids: [tokens, top_k] int32 or int64; -1 = not sent, adds nothing
+    topk_ids: [tokens, top_k] int32 or int64; -1 = not sent, adds nothing. Or the plan() of them, where there is one
     topk_weights: [tokens, top_k] float32, or x's type; applied after down (the Hugging Face order)
     up: [experts, ffn, hidden]; for swiglu and geglu [experts, 2·ffn, hidden], gate rows first. A list of one tensor
       an expert does as well and is never stacked. Or what prepack() returned, which stands in for all weights, biases
@@ -63,7 +67,7 @@ def fused_experts(
     if isinstance(up, PackedExperts):
         _check_packed_call(up, x, topk_weights, down, activation, up_bias, down_bias)
         if up.data is not None:
-            plan = torch.ops.turnout.plan(topk_ids, up.num_experts)
+            plan = topk_ids if isinstance(topk_ids, DispatchPlan) else torch.ops.turnout.plan(topk_ids, up.num_experts)
             return torch.ops.turnout.experts_packed(
                 x, topk_weights, *plan, up.data, up.layout, up.ffn, up.up_bias, up.down_bias, up.activation
             )
@@ -77,6 +81,8 @@ def fused_experts(
             )
         weights = (_as_list("up", up), _as_list("down", down), _as_list("up_bias", up_bias),
                    _as_list("down_bias", down_bias))  # fmt: skip
+    if isinstance(topk_ids, DispatchPlan):
+        return torch.ops.turnout.experts(x, topk_weights, *topk_ids, *weights, activation, recompute)
     return torch.ops.turnout.fused_experts(x, topk_ids, topk_weights, *weights, activation, recompute)
 
 

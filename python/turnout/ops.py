@@ -352,3 +352,11 @@ def feed_forward(
     Gradient: to all tensors, once (double backward is refused).
     """
     return _ops.feed_forward(x, up, down, up_bias, down_bias, activation)
+
+
+def add_shared(y: Tensor, shared: Tensor, gate_logits: Tensor | None = None) -> Tensor:
+    """y + shared, or y + σ(gate_logits) · shared: what shared experts made, added to what the routed ones did.
+
+    y, shared: [T, D]; gate_logits: [T, 1]. Gradient: to all three.
+    """
+    return _ops.add_shared(y, shared, gate_logits)

@@ -16,6 +16,18 @@ at::Tensor draw(at::IntArrayRef shape, int64_t fan_in) {
   return torch::nn::init::uniform_(torch::empty(shape), -bound, bound);
 }
 
+// Each expert of the whole bank is drawn in turn, those of the range are kept: [count, shape of one].
+at::Tensor draw_range(std::vector<int64_t> shape, int64_t fan_in, const ExpertRange& range) {
+  const auto one = shape;
+  shape.insert(shape.begin(), range.count);
+  auto kept = torch::empty(shape);
+  for (int64_t e = 0; e < range.all; ++e) {
+    const auto drawn = draw(one, fan_in);
+    if (e >= range.first && e < range.first + range.count) kept[e - range.first].copy_(drawn);
+  }
+  return kept;
+}
+
 void check(const char* name, const FeedForwardOptions& options) {
   ops::check_at_least(name, "hidden", options.hidden, 1);
   ops::check_at_least(name, "ffn", options.ffn, 1);
@@ -38,14 +50,20 @@ at::Tensor FeedForwardImpl::forward(const at::Tensor& x) {
   return feed_forward(x, up, down, options.activation, up_bias, down_bias);
 }
 
-FeedForwardBankImpl::FeedForwardBankImpl(FeedForwardOptions given, int64_t num_experts) : options(given) {
-  check("turnout::FeedForwardBank", options);
-  ops::check_at_least("turnout::FeedForwardBank", "num_experts", num_experts, 1);
-  up = register_parameter("up", draw({num_experts, up_rows(options), options.hidden}, options.hidden));
-  down = register_parameter("down", draw({num_experts, options.hidden, options.ffn}, options.ffn));
+FeedForwardBankImpl::FeedForwardBankImpl(FeedForwardOptions given, int64_t num_experts)
+    : FeedForwardBankImpl(given, ExpertRange{0, num_experts, num_experts}) {}
+
+FeedForwardBankImpl::FeedForwardBankImpl(FeedForwardOptions given, ExpertRange range) : options(given) {
+  constexpr const char* kName = "turnout::FeedForwardBank";
+  check(kName, options);
+  ops::check_at_least(kName, "num_experts", range.count, 1);
+  ops::check_at_least(kName, "first", range.first, 0);
+  ops::check_at_least(kName, "num_experts of the whole bank", range.all, range.first + range.count);
+  up = register_parameter("up", draw_range({up_rows(options), options.hidden}, options.hidden, range));
+  down = register_parameter("down", draw_range({options.hidden, options.ffn}, options.ffn, range));
   if (!options.bias) return;
-  up_bias = register_parameter("up_bias", draw({num_experts, up_rows(options)}, options.hidden));
-  down_bias = register_parameter("down_bias", draw({num_experts, options.hidden}, options.ffn));
+  up_bias = register_parameter("up_bias", draw_range({up_rows(options)}, options.hidden, range));
+  down_bias = register_parameter("down_bias", draw_range({options.hidden}, options.ffn, range));
 }
 
 ExpertWeights FeedForwardBankImpl::weights() const {

@@ -94,11 +94,12 @@ MoEOutput MoEImpl::forward(const at::Tensor& x) {
     out.dropped = std::move(capped.dropped);
   }
   out.plan = plan(routing.topk_ids, options.num_experts);
-  auto y_TD = experts->forward(x_TD, routing.topk_weights, out.plan);
-  if (shared) {
-    const auto shared_TD = shared->forward(x_TD);
-    y_TD = y_TD + (shared_gate ? shared_gate->forward(x_TD).sigmoid() * shared_TD : shared_TD);
-  }
+  at::Tensor shared_TD, shared_logits_T1;
+  auto y_TD = experts->forward_beside(x_TD, routing.topk_weights, out.plan, [&] {
+    if (shared) shared_TD = shared->forward(x_TD);
+    if (shared_gate) shared_logits_T1 = shared_gate->forward(x_TD);
+  });
+  if (shared) y_TD = add_shared(y_TD, shared_TD, shared_logits_T1);
   out.output = y_TD.reshape(x.sizes());
   out.routing = std::move(routing);
   return out;

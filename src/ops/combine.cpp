@@ -1,9 +1,11 @@
-// Dispatch and combine: the public calls and their checks.
+// Dispatch and combine: the public calls and their checks; and the sum with shared experts.
 #include <turnout/combine.h>
 
 #include "checks.h"
 
+#include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
 
 namespace turnout {
 
@@ -21,6 +23,28 @@ at::Tensor combine(const at::Tensor& rows, const at::Tensor& topk_weights, const
           .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&)>();
   return op.call(rows, topk_weights, plan.token_of_row, plan.row_of_choice);
 }
+
+at::Tensor add_shared(const at::Tensor& y, const at::Tensor& shared, const at::Tensor& gate_logits) {
+  constexpr const char* kOp = "turnout::add_shared";
+  ops::check_dim(kOp, "y", y, 2, "[tokens, hidden]");
+  ops::check_dim(kOp, "shared", shared, 2, "[tokens, hidden]");
+  for (const int64_t axis : {0, 1}) ops::check_size(kOp, "shared", shared, axis, y.sym_size(axis), "y");
+  if (!gate_logits.defined()) return y + shared;
+  ops::check_dim(kOp, "gate_logits", gate_logits, 2, "[tokens, 1]");
+  ops::check_size(kOp, "gate_logits", gate_logits, 0, y.sym_size(0), "tokens of y");
+  ops::check_size(kOp, "gate_logits", gate_logits, 1, 1, "one gate a token");
+  return y + gate_logits.sigmoid() * shared;
+}
+
+namespace {
+
+at::Tensor add_shared_op(const at::Tensor& y, const at::Tensor& shared, const std::optional<at::Tensor>& gate_logits) {
+  return add_shared(y, shared, gate_logits.value_or(at::Tensor()));
+}
+
+TORCH_LIBRARY_IMPL(turnout, CompositeImplicitAutograd, m) { m.impl("add_shared", add_shared_op); }
+
+}  // namespace
 
 namespace ops {
 

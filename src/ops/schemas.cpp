@@ -54,6 +54,7 @@ TORCH_LIBRARY(turnout, m) {
   // dispatch and combine
   m.def("dispatch(Tensor x, Tensor token_of_row, Tensor row_of_choice) -> Tensor");
   m.def("combine(Tensor rows, Tensor topk_weights, Tensor token_of_row, Tensor row_of_choice) -> Tensor");
+  m.def("add_shared(Tensor y, Tensor shared, Tensor? gate_logits=None) -> Tensor");
   // experts
   m.def(
       "experts(Tensor x, Tensor topk_weights, Tensor expert_offsets, Tensor token_of_row, Tensor row_of_choice,"

@@ -58,7 +58,7 @@ def test_missing_headers_where_nobody_may_install(checkout):
     stand_in(checkout, "apt-get", "exit 1")
     message = broken(checkout)
     assert "failed at: Debian packages" in message
-    assert "apt-get install -y libcli11-dev nlohmann-json3-dev libgtest-dev libbenchmark-dev" in message
+    assert "apt-get install -y libcli11-dev nlohmann-json3-dev libgtest-dev libbenchmark-dev libgloo-dev" in message
 
 
 def test_old_python(checkout):

@@ -295,7 +295,7 @@ class TestMoELayer:
         def feed_forward(layer):
             if sparse == "every" or layer % 2 == 1:
                 return MoELayer(hidden_dim=DIM, num_experts=EXPERTS, top_k=2)
-            return turnout.nn.FeedForward(DIM, 4 * DIM)
+            return turnout.nn.Perceptron(DIM, 4 * DIM)
 
         blocks = nn.ModuleList(Block(feed_forward(layer)) for layer in range(4))
         optimizer = torch.optim.Adam(blocks.parameters(), 1e-2)
@@ -317,8 +317,8 @@ class TestMoELayer:
 
 
 def test_python_and_fused_perceptron_agree() -> None:
-    """FeedForward called alone is Linear, activation, Linear."""
-    expert = turnout.nn.FeedForward(DIM, 12, "silu")
+    """Perceptron called alone is Linear, activation, Linear."""
+    expert = turnout.nn.Perceptron(DIM, 12, "silu")
     x = torch.randn(5, DIM)
     biases = {"up_bias": expert[0].bias, "down_bias": expert[2].bias}
     fused = turnout.feed_forward(x, expert[0].weight, expert[2].weight, "silu", **biases)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import turnout
 from torch import nn
-from turnout.nn import FeedForward
+from turnout.nn import Perceptron
 
 from turnout import compat
 
@@ -163,7 +163,7 @@ COMPAT = [
     (lambda: compat.MoELayer(8, 4, alpha=1.5), ValueError, "MoELayer: alpha is 1.5, expected None or 0 to 1"),
     (lambda: compat.MoELayer(8, 4, activation="swish"), ValueError, "activation is 'swish', expected one of relu, gelu, gelu_tanh, silu"),
     (lambda: compat.MoELayer(8, 4)(torch.randn(2, 7)), ValueError, r"MoELayer: x has shape \[2, 7\]"),
-    (lambda: FeedForward(8, 8, "swiglu"), ValueError, "FeedForward: activation is 'swiglu'"),
+    (lambda: Perceptron(8, 8, "swiglu"), ValueError, "Perceptron: activation is 'swiglu'"),
     (lambda: compat.Top2Gating(8, 1), ValueError, "Top2Gating: num_gates is 1, expected at least 2"),
     (lambda: compat.Top2Gating(0, 4), ValueError, "Top2Gating: dim is 0, expected at least 1"),
     (lambda: compat.Top2Gating(8, 4, second_policy_eval="some"), ValueError, "Top2Gating: second_policy_eval is 'some', expected one of all, none"),

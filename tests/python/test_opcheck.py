@@ -53,6 +53,7 @@ CASES = {
     "dispatch_tensors": lambda: (IDS, leaf(4, 2), 3, 2, 2),
     "dispatch": lambda: (leaf(4, 3), *PLAN[1:]),
     "combine": lambda: (leaf(8, 3), leaf(4, 2), *PLAN[1:]),
+    "add_shared": lambda: (leaf(4, 3), leaf(4, 3), leaf(4, 1)),
     "experts": lambda: experts_arguments("bank"),
     "experts of lists": lambda: experts_arguments("list"),
     "experts_forward": lambda: (*without_gradients(experts_arguments("bank")), True),

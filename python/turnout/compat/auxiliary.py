@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .. import _checks as check
 from .. import ops
-from ..nn import FeedForward, run_experts
-from . import _checks as check
+from ..nn import Perceptron, run_experts
 
 _NAME = "turnout.compat.MoELayer"
 
@@ -49,8 +49,8 @@ class MoELayer(nn.Module):
         self.raw_probabilities = raw_probabilities
         self.alpha = alpha
         self.gate = nn.Linear(hidden_dim, num_experts, bias=False)
-        self.experts = nn.ModuleList(FeedForward(hidden_dim, ffn_dim, activation) for _ in range(num_experts))
-        self.dense = None if alpha is None else FeedForward(hidden_dim, ffn_dim, activation)
+        self.experts = nn.ModuleList(Perceptron(hidden_dim, ffn_dim, activation) for _ in range(num_experts))
+        self.dense = None if alpha is None else Perceptron(hidden_dim, ffn_dim, activation)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [..., hidden_dim] → output of the same shape, and aux_loss.
@@ -63,7 +63,7 @@ class MoELayer(nn.Module):
         weights = "probability" if self.raw_probabilities else "softmax_of_topk"
         routing = ops.route(self.gate(tokens), self.top_k, weights)
         aux_loss = ops.balance_loss(routing.scores, routing.topk_ids, "first_choice")
-        y = run_experts(self.experts, tokens, routing.topk_ids, routing.topk_weights).view(x.shape)
+        y = run_experts(self.experts, tokens, routing.topk_weights, ops.plan(routing.topk_ids, self.num_experts)).view(x.shape)
         if self.dense is not None:
             y = self.alpha * self.dense(x) + (1 - self.alpha) * y
         return y, aux_loss

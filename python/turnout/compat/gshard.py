@@ -16,33 +16,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import _checks as check
 from .. import ops
 from ..experts import fused_experts
-from ..nn import activation_name
-from . import _checks as check
+from ..nn import GatedChoices, activation_name
+from ..nn.hierarchical_moe import route_to_slots
+from ..nn.top2_gating import gate_top2
 
-MIN_EXPERT_CAPACITY = 4
 _POLICIES = ("all", "none", "threshold", "random")
-
-
-class GatedChoices(NamedTuple):
-    """What a Top2Gating decided, after capacity; T = all tokens of all groups."""
-
-    topk_ids: Tensor
-    """[T, 2] int64; -1 = not sent, or dropped"""
-    topk_weights: Tensor
-    """[T, 2]; 0 where not sent"""
-    loss: Tensor
-    """scalar, taken before policy and capacity"""
-    dropped: Tensor
-    """scalar int64: choices that found no place"""
-    capacity: int
-    group_size: int
 
 
 def _uniform(shape: tuple[int, ...]) -> nn.Parameter:
@@ -150,32 +136,15 @@ class Top2Gating(nn.Module):
         check.shaped("turnout.compat.Top2Gating", "x", x, "[..., b, n, dim]", self.w_gating.shape[-2])
         when = "train" if self.training else "eval"
         logits = torch.einsum("...bnd,...de->...bne", x, self.w_gating)
-        routing = ops.route_top2(
+        return gate_top2(
             logits,
             getattr(self, f"second_policy_{when}"),
             getattr(self, f"second_threshold_{when}"),
             self.eps,
-            importance=importance,
-            uniform=uniform,
+            getattr(self, f"capacity_factor_{when}"),
+            importance,
+            uniform,
         )
-        group_size = x.shape[-2]
-        capacity = ops.expert_capacity(
-            group_size,
-            2,
-            self.num_gates,
-            factor=getattr(self, f"capacity_factor_{when}"),
-            minimum=MIN_EXPERT_CAPACITY,
-            rounding="floor",
-            count_choices=False,
-        )
-        capped = ops.limit_capacity(
-            routing.topk_ids.reshape(-1, 2),
-            routing.topk_weights.reshape(-1, 2),
-            self.num_gates,
-            capacity,
-            max(group_size, 1),
-        )
-        return GatedChoices(*capped[:2], routing.balance_loss, capped.dropped, capacity, max(group_size, 1))
 
     def forward(self, x: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x [..., b, n, dim] → dispatch and combine tensors [..., b, n, num_gates, capacity], and the loss.
@@ -320,14 +289,7 @@ class HeirarchicalMoE(nn.Module):
         dim = self.gate_outer.w_gating.shape[-2]
         check.shaped("turnout.compat.HeirarchicalMoE", "inputs", inputs, "[b, n, dim]", dim)
         outer_experts, inner_experts = self.num_experts_outer, self.num_experts_inner
-        outer = self.gate_outer.route(inputs)
-        slots = ops.slot_plan(outer.topk_ids, outer_experts, outer.capacity, outer.group_size)
-        importance = ops.slot_importance(outer.topk_weights, slots)
-        x = ops.dispatch(inputs.reshape(-1, dim), slots)
-
-        groups = x.shape[0] // (outer_experts * outer.capacity)  # sequences; none where they hold no token
-        shape = (outer_experts, groups, outer.capacity)
-        inner = self.gate_inner.route(x.view(*shape, dim), importance.view(shape))
+        slots, x, outer, inner = route_to_slots(self.gate_outer.route, self.gate_inner.route, inputs, outer_experts)
         if _runs_fused(self.experts):
             ids = ops.nested_ids(inner.topk_ids, outer_experts, inner_experts)
             y = self.experts(x, ids, inner.topk_weights)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from .. import _checks as check
 from .. import ops
 from ..nn import run_experts
-from . import _checks as check
 
 _NAME = "turnout.compat.MoeLayer"
 
@@ -56,4 +56,4 @@ class MoeLayer(nn.Module):
                 "(tokens, experts)"
             )
         routing = ops.route(logits, self.num_experts_per_tok, "softmax_of_topk")
-        return run_experts(self.experts, x, routing.topk_ids, routing.topk_weights).view(inputs.shape)
+        return run_experts(self.experts, x, routing.topk_weights, ops.plan(routing.topk_ids, len(self.experts))).view(inputs.shape)

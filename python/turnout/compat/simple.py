@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .. import _checks as check
 from .. import ops
-from ..nn import FeedForward, run_experts
-from . import _checks as check
+from ..nn import Perceptron, run_experts
 
 _NAME = "turnout.compat.SimpleMoELayer"
 _LOAD_COUNTS = ("per_assignment", "per_token", "first_choice")
@@ -51,7 +51,7 @@ class SimpleMoELayer(nn.Module):
         self.alpha = alpha
         self.load_count = load_count
         self.gating_network = nn.Linear(embedding_dim, num_experts)
-        self.experts = nn.ModuleList(FeedForward(embedding_dim, hidden_dim) for _ in range(num_experts))
+        self.experts = nn.ModuleList(Perceptron(embedding_dim, hidden_dim) for _ in range(num_experts))
         self.load_balancing_loss: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class SimpleMoELayer(nn.Module):
             self.load_balancing_loss = self.alpha * ops.balance_loss(routing.scores, routing.topk_ids, self.load_count)
         else:
             self.load_balancing_loss = routing.scores.new_zeros(())
-        return run_experts(self.experts, tokens, routing.topk_ids, routing.topk_weights).view(x.shape)
+        return run_experts(self.experts, tokens, routing.topk_weights, ops.plan(routing.topk_ids, self.num_experts)).view(x.shape)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles go without the last loss: it belongs to a graph, which can be neither."""

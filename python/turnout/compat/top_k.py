@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from .. import _checks as check
 from .. import ops
-from ..nn import FeedForward, run_experts
-from . import _checks as check
+from ..nn import Perceptron, run_experts
 
 
 @dataclass
@@ -82,7 +82,7 @@ class MixtureOfExperts(nn.Module):
         self.dim = dim
         self.config = config
         self.router = TopKRouter(dim, config)
-        self.experts = nn.ModuleList(FeedForward(dim, 4 * dim) for _ in range(config.num_experts))
+        self.experts = nn.ModuleList(Perceptron(dim, 4 * dim) for _ in range(config.num_experts))
         self.dropped: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,5 +98,7 @@ class MixtureOfExperts(nn.Module):
             indices.reshape(-1, top_k), scores.reshape(-1, top_k), num_experts, capacity, max(tokens, 1)
         )
         self.dropped = capped.dropped
-        y = run_experts(self.experts, x.reshape(-1, self.dim), capped.topk_ids, capped.topk_weights)
+        y = run_experts(
+            self.experts, x.reshape(-1, self.dim), capped.topk_weights, ops.plan(capped.topk_ids, num_experts)
+        )
         return y.view(x.shape)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersExperts
 
 from ..nn import run_experts
+from ..ops import plan
 from .banks import Bank, activation_name, packed_of, run, run_packed
 
 
@@ -28,7 +29,7 @@ class TurnoutSwitchExperts(SwitchTransformersExperts):
         if bank is None:
             experts = list(self.values())
             topk_weights = routing_weights.to(experts[0].wo.weight.dtype)
-            return run_experts(experts, hidden_states, topk_ids, topk_weights).to(hidden_states.dtype)
+            return run_experts(experts, hidden_states, topk_weights, plan(topk_ids, len(experts))).to(hidden_states.dtype)
         return run(bank, hidden_states, topk_ids, routing_weights)
 
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .experts import fused_experts
+from .. import ops
+from ..experts import fused_experts
 
 # Activations that both a module and the fused op know.
 _MODULES: dict[str, Callable[[], nn.Module]] = {
@@ -27,13 +27,13 @@ def activation_name(module: object) -> str | None:
     return {nn.ReLU: "relu", nn.SiLU: "silu"}.get(type(module))
 
 
-class FeedForward(nn.Sequential):
+class Perceptron(nn.Sequential):
     """Linear, activation, Linear: [..., hidden] → [..., hidden], with biases, drawn as nn.Linear draws them."""
 
     def __init__(self, hidden: int, ffn: int, activation: str = "gelu") -> None:
         if activation not in _MODULES:
             raise ValueError(
-                f"turnout.nn.FeedForward: activation is {activation!r}, expected one of {', '.join(_MODULES)}"
+                f"turnout.nn.Perceptron: activation is {activation!r}, expected one of {', '.join(_MODULES)}"
             )
         super().__init__(nn.Linear(hidden, ffn), _MODULES[activation](), nn.Linear(ffn, hidden))
 
@@ -43,7 +43,7 @@ class FeedForward(nn.Sequential):
         return self[0].weight
 
 
-class _Perceptron(NamedTuple):
+class _Weights(NamedTuple):
     """Weights of a module that the fused op computes exactly as the module does."""
 
     up: Tensor
@@ -52,7 +52,7 @@ class _Perceptron(NamedTuple):
     down_bias: Tensor | None
     activation: str
 
-    def fits(self, other: _Perceptron) -> bool:
+    def fits(self, other: _Weights) -> bool:
         """Both can stand in one call: same sizes, types, biases and activation."""
 
         def kind(tensor: Tensor | None) -> tuple[object, ...] | None:
@@ -74,9 +74,9 @@ def _has_own_behaviour(module: nn.Module) -> bool:
     )
 
 
-def _as_perceptron(module: nn.Module) -> _Perceptron | None:
+def _weights_of(module: nn.Module) -> _Weights | None:
     """The weights of Sequential(Linear, activation, Linear); None for anything else, subclasses of Linear included."""
-    if type(module) not in (nn.Sequential, FeedForward) or len(module) != 3:
+    if type(module) not in (nn.Sequential, Perceptron) or len(module) != 3:
         return None
     first, act, second = module
     name = activation_name(act)
@@ -86,43 +86,42 @@ def _as_perceptron(module: nn.Module) -> _Perceptron | None:
         return None
     if any(_has_own_behaviour(part) for part in (module, first, act, second)):
         return None
-    return _Perceptron(first.weight, second.weight, first.bias, second.bias, name)
+    return _Weights(first.weight, second.weight, first.bias, second.bias, name)
 
 
-def _as_perceptrons(experts: Iterable[nn.Module]) -> list[_Perceptron] | None:
-    found: list[_Perceptron] = []
+def _all_weights(experts: Iterable[nn.Module]) -> list[_Weights] | None:
+    found: list[_Weights] = []
     for expert in experts:
-        weights = _as_perceptron(expert)
+        weights = _weights_of(expert)
         if weights is None or (found and not weights.fits(found[0])):
             return None
         found.append(weights)
     return found
 
 
-def run_experts(experts: Sequence[nn.Module], x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-    """y[t] = Σ_k topk_weights[t, k] · experts[topk_ids[t, k]](x[t]).
+def run_experts(experts: Sequence[nn.Module], x: Tensor, topk_weights: Tensor, plan: ops.DispatchPlan) -> Tensor:
+    """y[t] = Σ_k topk_weights[t, k] · experts[topk_ids[t, k]](x[t]), for the choices that `plan` grouped.
 
     experts: any modules that make [rows, hidden] of [rows, hidden]. Two-layer perceptrons (nn.Sequential of Linear,
       ReLU, GELU or SiLU, Linear, all of one size, without hooks) run as one fused op over lists of their weights;
       others are called once each on their rows, also on none, so that every parameter gets a gradient
-    x: [tokens, hidden]; topk_ids: [tokens, top_k], -1 = not sent; topk_weights: [tokens, top_k] float32 or x's type
+    x: [tokens, hidden]; topk_weights: [tokens, top_k] float32 or x's type
 
     Double backward works through modules; the fused op refuses it in words.
     Raises ValueError or TypeError that names the expert whose output is no tensor of the expected shape.
     """
-    perceptrons = _as_perceptrons(experts)
+    perceptrons = _all_weights(experts)
     if perceptrons is None:
-        return _run_modules(experts, x, topk_ids, topk_weights)
+        return _run_modules(experts, x, topk_weights, plan)
     up, down, up_bias, down_bias, names = zip(*perceptrons, strict=True)
     biases = {
         "up_bias": None if up_bias[0] is None else up_bias,
         "down_bias": None if down_bias[0] is None else down_bias,
     }
-    return fused_experts(x, topk_ids, topk_weights, up, down, names[0], **biases)
+    return fused_experts(x, plan, topk_weights, up, down, names[0], **biases)
 
 
-def _run_modules(experts: Sequence[nn.Module], x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-    plan = ops.plan(topk_ids, len(experts))
+def _run_modules(experts: Sequence[nn.Module], x: Tensor, topk_weights: Tensor, plan: ops.DispatchPlan) -> Tensor:
     rows = ops.dispatch(x, plan)
     counts = plan.tokens_per_expert.tolist()
     # Copies, not views: a module may start with an operation in place.

@@ -1,0 +1,259 @@
+// The meeting of ranks at the store, their process groups, and their leave.
+#include <turnout/world.h>
+
+#include "distributed/address.h"
+#include "distributed/gloo.h"
+#include "distributed/heartbeat.h"
+
+#include "../ops/checks.h"
+
+#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
+#include <torch/csrc/distributed/c10d/TCPStore.hpp>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <exception>
+#include <map>
+#include <numeric>
+#include <sstream>
+
+namespace turnout {
+namespace {
+
+using std::chrono::milliseconds;
+
+constexpr const char* kName = "turnout::World";
+
+std::string seconds_text(milliseconds time) {
+  std::ostringstream text;
+  text << std::chrono::duration<double>(time).count() << " s";
+  return text.str();
+}
+
+std::string join(const std::vector<int64_t>& numbers) {
+  std::string text;
+  for (const auto number : numbers) text.append(text.empty() ? "" : ", ").append(std::to_string(number));
+  return text;
+}
+
+std::string ranks_text(const std::vector<int64_t>& ranks) { return (ranks.size() == 1 ? "rank " : "ranks ") + join(ranks); }
+
+const char* variable(const char* name) {
+  const char* value = std::getenv(name);
+  return value != nullptr && *value != '\0' ? value : nullptr;
+}
+
+int64_t number_of(const char* name, const char* text) {
+  char* end = nullptr;
+  const auto number = std::strtoll(text, &end, 10);
+  TORCH_CHECK_VALUE(*end == '\0', "turnout: the environment variable ", name, " is '", text, "', expected a number");
+  return number;
+}
+
+void check(const WorldOptions& options) {
+  ops::check_at_least(kName, "size", options.size, 1);
+  TORCH_CHECK_VALUE(options.rank >= 0 && options.rank < options.size, kName, ": rank is ", options.rank,
+                    ", expected 0 to ", options.size - 1);
+  TORCH_CHECK_VALUE(options.port >= 1 && options.port <= 65535, kName, ": port is ", options.port,
+                    ", expected 1 to 65535");
+  TORCH_CHECK_VALUE(options.timeout.count() >= 100, kName, ": timeout is ", options.timeout.count(),
+                    " ms, expected at least 100");
+  TORCH_CHECK_VALUE(options.backend == "gloo", kName, ": backend is '", options.backend, "', expected gloo");
+}
+
+std::string store_address(const WorldOptions& options) { return options.host + ":" + std::to_string(options.port); }
+
+std::string holder_text(const WorldOptions& options) {
+  return options.launcher_holds_store ? "the launcher at " + store_address(options) : "rank 0";
+}
+
+c10::intrusive_ptr<c10d::Store> connect(const WorldOptions& options, bool hold) {
+  c10d::TCPStoreOptions how;
+  how.port = static_cast<uint16_t>(options.port);
+  how.isServer = hold;
+  how.waitWorkers = false;
+  how.timeout = options.timeout;
+  try {
+    return c10::make_intrusive<c10d::PrefixStore>("turnout/" + options.attempt,
+                                                  c10::make_intrusive<c10d::TCPStore>(options.host, how));
+  } catch (const std::exception&) {
+    throw DistributedError(
+        hold ? "turnout: rank 0 cannot hold the store at " + store_address(options) + ": is the port in use?"
+             : "turnout: rank " + std::to_string(options.rank) + " does not reach the store of " +
+                   holder_text(options) + " at " + store_address(options) + " within " +
+                   seconds_text(options.timeout));
+  }
+}
+
+// Every rank writes its key and waits for all. @return the values, one a rank
+std::vector<std::string> meet(c10d::Store& store, const WorldOptions& options, const std::string& prefix,
+                              const std::string& value, const char* doing) {
+  std::vector<std::string> keys;
+  for (int64_t rank = 0; rank < options.size; ++rank) keys.push_back(prefix + std::to_string(rank));
+  try {
+    store.set(keys[options.rank], value);
+    store.wait(keys, options.timeout);
+    std::vector<std::string> values;
+    for (const auto& text : store.multiGet(keys)) values.emplace_back(text.begin(), text.end());
+    return values;
+  } catch (const std::exception&) {
+    std::vector<int64_t> missing;
+    try {
+      for (int64_t rank = 0; rank < options.size; ++rank)
+        if (!store.check({keys[rank]})) missing.push_back(rank);
+    } catch (const std::exception&) {
+      throw DistributedError(std::string("turnout: ") + doing + " failed: " + holder_text(options) +
+                             ", which holds the store, is lost");
+    }
+    throw DistributedError(std::string("turnout: ") + doing + " failed: " + ranks_text(missing) + " of " +
+                           std::to_string(options.size) + " did not come within " + seconds_text(options.timeout));
+  }
+}
+
+std::vector<std::string> lines_of(const std::string& text) {
+  std::vector<std::string> lines;
+  std::istringstream stream(text);
+  for (std::string line; std::getline(stream, line);) lines.push_back(std::move(line));
+  return lines;
+}
+
+// The first line in which the texts differ, and who holds which; empty when all are equal.
+std::string difference(const std::vector<std::string>& texts) {
+  std::vector<std::vector<std::string>> of_rank;
+  size_t most = 0;
+  for (const auto& text : texts) {
+    of_rank.push_back(lines_of(text));
+    most = std::max(most, of_rank.back().size());
+  }
+  for (size_t line = 0; line < most; ++line) {
+    std::map<std::string, std::vector<int64_t>> holders;
+    for (size_t rank = 0; rank < of_rank.size(); ++rank)
+      holders[line < of_rank[rank].size() ? of_rank[rank][line] : "no such line"].push_back(static_cast<int64_t>(rank));
+    if (holders.size() == 1) continue;
+    std::string found;
+    for (const auto& [text, ranks] : holders)
+      found.append(found.empty() ? "" : ", ").append(ranks_text(ranks)).append(ranks.size() == 1 ? " has " : " have ")
+          .append(text.substr(text.find_first_not_of(' ') == std::string::npos ? 0 : text.find_first_not_of(' ')));
+    return found;
+  }
+  return "";
+}
+
+}  // namespace
+
+WorldOptions world_options_from_environment() {
+  WorldOptions options;
+  const char *rank = variable("RANK"), *size = variable("WORLD_SIZE");
+  TORCH_CHECK_VALUE((rank == nullptr) == (size == nullptr), "turnout: of the environment variables RANK and WORLD_SIZE ",
+                    rank ? "the second" : "the first", " is missing");
+  if (const char* seconds = variable("TURNOUT_TIMEOUT"))
+    options.timeout = std::chrono::seconds(number_of("TURNOUT_TIMEOUT", seconds));
+  if (rank == nullptr) return options;
+  options.rank = number_of("RANK", rank);
+  options.size = number_of("WORLD_SIZE", size);
+  if (options.size <= 1) return options;
+  const char *host = variable("MASTER_ADDR"), *port = variable("MASTER_PORT");
+  TORCH_CHECK_VALUE(host != nullptr && port != nullptr, "turnout: WORLD_SIZE is ", size,
+                    ", but the environment variable ", host ? "MASTER_PORT" : "MASTER_ADDR", " is missing");
+  options.host = host;
+  options.port = number_of("MASTER_PORT", port);
+  const char* agent = variable("TORCHELASTIC_USE_AGENT_STORE");
+  options.launcher_holds_store = agent != nullptr && std::string(agent) == "True";
+  if (const char* attempt = variable("TORCHELASTIC_RESTART_COUNT")) options.attempt = attempt;
+  return options;
+}
+
+Group find_group(const std::string& name) {
+  const auto found = c10d::resolve_process_group(name);
+  Group group{name, found->getRank(), found->getSize(), {}};
+  group.members.resize(group.size);
+  std::iota(group.members.begin(), group.members.end(), 0);
+  return group;
+}
+
+struct World::State {
+  c10::intrusive_ptr<c10d::Store> store;
+  std::string address;
+  std::string prefix;  // of the names of groups: a process may make several worlds
+  std::shared_ptr<distributed::Heartbeat> heartbeat;
+  std::vector<std::pair<std::string, c10::intrusive_ptr<c10d::ProcessGroup>>> groups;  // the registry holds them weakly
+  Group all;
+  int64_t comparisons = 0;
+  int exceptions = std::uncaught_exceptions();
+};
+
+World::World(WorldOptions given) : options(std::move(given)), state_(std::make_unique<State>()) {
+  check(options);
+  if (options.size == 1) return;
+  static std::atomic<int64_t> worlds{0};
+  state_->prefix = "turnout/" + std::to_string(worlds++) + "/";
+  state_->address = distributed::local_address_towards(options.host, options.port);
+  const bool hold = options.rank == 0 && !options.launcher_holds_store;
+  state_->store = connect(options, hold);
+  meet(*state_->store, options, "beat/", "", "the meeting of the ranks");
+  state_->heartbeat = std::make_shared<distributed::Heartbeat>(connect(options, false), options.rank, options.size,
+                                                               options.timeout, holder_text(options));
+  std::vector<int64_t> everyone(options.size);
+  std::iota(everyone.begin(), everyone.end(), 0);
+  state_->all = group("all", everyone);
+}
+
+World::~World() {
+  State& s = *state_;
+  if (!s.heartbeat) return;
+  s.heartbeat->leave(options.rank == 0 && !options.launcher_holds_store, std::uncaught_exceptions() > s.exceptions);
+  for (auto& [name, group] : s.groups) {
+    distributed::set_heartbeat(name, nullptr);
+    c10d::unregister_process_group(name);
+  }
+}
+
+const Group& World::all() const { return state_->all; }
+
+Group World::group(const std::string& name, const std::vector<int64_t>& members) {
+  const auto self = std::find(members.begin(), members.end(), options.rank);
+  const bool ascending = std::adjacent_find(members.begin(), members.end(), std::greater_equal<>()) == members.end();
+  TORCH_CHECK_VALUE(self != members.end() && ascending && members.front() >= 0 && members.back() < options.size, kName,
+                    ": members are ", members, ", expected ascending ranks of 0 to ", options.size - 1,
+                    ", among them this one, ", options.rank);
+  Group group{state_->prefix + name + "/" + join(members), self - members.begin(),
+              static_cast<int64_t>(members.size()), members};
+  if (group.size == 1) return {"", 0, 1, members};
+  for (const auto& made : state_->groups)
+    if (made.first == group.name) return group;
+  const auto store = c10::make_intrusive<c10d::PrefixStore>(group.name, state_->store);
+  c10::intrusive_ptr<c10d::Backend> backend;
+  try {
+    backend = distributed::make_gloo(store, group.rank, group.size, options.timeout, state_->address);
+  } catch (const c10::NotImplementedError&) {
+    throw;
+  } catch (const std::exception& error) {
+    throw DistributedError(std::string("turnout: connecting the ranks failed: ") + state_->heartbeat->find_culprit() +
+                           "; c10d says: " + error.what());
+  }
+  auto process_group = c10::make_intrusive<c10d::ProcessGroup>(store, static_cast<int>(group.rank),
+                                                               static_cast<int>(group.size));
+  process_group->setBackend(c10::DeviceType::CPU, c10d::ProcessGroup::BackendType::GLOO, backend);
+  process_group->setDefaultBackend(c10d::ProcessGroup::BackendType::GLOO);
+  process_group->setGroupName(group.name);
+  c10d::register_process_group(group.name, process_group);
+  distributed::set_heartbeat(group.name, state_->heartbeat);
+  state_->groups.emplace_back(group.name, std::move(process_group));
+  return group;
+}
+
+void World::check_same(const std::string& what, const std::string& text) {
+  if (options.size == 1) return;
+  const std::string doing = "comparison of " + what;
+  const auto texts = meet(*state_->store, options, "same/" + std::to_string(state_->comparisons++) + "/",
+                          what + "\n" + text, doing.c_str());
+  const std::string found = difference(texts);
+  if (found.empty()) return;
+  const std::string finding = "the ranks differ in " + what + ": " + found;
+  state_->heartbeat->report(finding);
+  throw DistributedError("turnout: " + finding);
+}
+
+}  // namespace turnout

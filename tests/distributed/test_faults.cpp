@@ -1,0 +1,176 @@
+// What goes wrong between ranks ends in time, in words, and names the rank.
+#include "ranks.h"
+
+#include "../cpp/helpers.h"
+
+#include <turnout/exchange.h>
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <thread>
+
+namespace turnout::testing {
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::seconds;
+
+constexpr seconds kTimeout{6};
+constexpr double kLatest = 12;  // seconds: time-out, and what naming the rank takes on a busy machine
+
+// Rows to the next rank and back, again and again, until something happens.
+void exchange_for(World& world, seconds time) {
+  const auto size = world.options.size;
+  const auto end = std::chrono::steady_clock::now() + time;
+  const std::vector<int64_t> each(size, 4);
+  while (std::chrono::steady_clock::now() < end) {
+    exchange_rows(at::ones({4 * size, 8}), each, each, world.all());
+    std::this_thread::sleep_for(milliseconds(20));
+  }
+}
+
+std::vector<Ending> run_with(int64_t ranks, const std::function<void(World&)>& body,
+                             const std::function<void(const std::vector<pid_t>&)>& meddle = {}) {
+  const auto common = local_world(ranks, kTimeout);
+  return fork_ranks(
+      ranks,
+      [&](int64_t rank) {
+        auto options = common;
+        options.rank = rank;
+        World world(options);
+        body(world);
+        return std::string("went on");
+      },
+      seconds(30), meddle);
+}
+
+void expect_told(const std::vector<Ending>& endings, int64_t culprit, const std::string& words) {
+  for (size_t rank = 0; rank < endings.size(); ++rank) {
+    if (static_cast<int64_t>(rank) == culprit) continue;
+    const auto& ending = endings[rank];
+    EXPECT_EQ(ending.status, 3) << "rank " << rank << ", signal " << ending.signal << ": " << ending.text;
+    EXPECT_NE(ending.text.find("turnout: exchange of rows failed"), std::string::npos) << ending.text;
+    EXPECT_NE(ending.text.find(words), std::string::npos) << ending.text;
+    EXPECT_LE(ending.seconds, kLatest + 2) << ending.text;  // the meddling comes after 2 s
+  }
+}
+
+void after_two_seconds(pid_t process, int signal) {
+  std::this_thread::sleep_for(seconds(2));
+  kill(process, signal);
+}
+
+TEST(Faults, DeadRankIsNamed) {
+  const auto endings = run_with(3, [](World& world) { exchange_for(world, seconds(25)); },
+                                [](const auto& processes) { after_two_seconds(processes[1], SIGKILL); });
+  expect_told(endings, 1, "rank 1");
+}
+
+TEST(Faults, StoppedRankIsNamed) {
+  pid_t stopped = 0;
+  const auto endings = run_with(3, [](World& world) { exchange_for(world, seconds(25)); },
+                                [&](const auto& processes) {
+                                  stopped = processes[2];
+                                  after_two_seconds(stopped, SIGSTOP);
+                                });
+  expect_told(endings, 2, "rank 2");
+}
+
+TEST(Faults, HolderOfTheStoreIsNamed) {
+  for (const int signal : {SIGKILL, SIGSTOP}) {
+    const auto endings = run_with(2, [](World& world) { exchange_for(world, seconds(25)); },
+                                  [&](const auto& processes) { after_two_seconds(processes[0], signal); });
+    expect_told(endings, 0, "rank 0");
+  }
+}
+
+TEST(Faults, RankThatGivesUpIsNamed) {
+  const auto endings = run_with(3, [](World& world) {
+    if (world.options.rank == 1) throw std::runtime_error("a reason of its own");
+    exchange_for(world, seconds(25));
+  });
+  EXPECT_EQ(endings[1].text, "a reason of its own");
+  expect_told(endings, 1, "rank 1 left the run");
+}
+
+TEST(Faults, RowsThatDoNotFitAreRefused) {
+  const auto endings = run_with(3, [](World& world) {
+    const auto x = at::ones({2, world.options.rank == 2 ? 5 : 4});
+    exchange_counts(at::ones({3}, at::kLong), expert_bounds(3, 3), x, world.all());
+  });
+  for (const auto& ending : endings) {
+    EXPECT_EQ(ending.status, 3) << ending.text;
+    EXPECT_NE(ending.text.find("exchange of rows failed: rank "), std::string::npos) << ending.text;
+    EXPECT_NE(ending.text.find("rank 2"), std::string::npos) << ending.text;
+    EXPECT_NE(ending.text.find("Float [rows, 5]"), std::string::npos) << ending.text;
+  }
+}
+
+TEST(Faults, MissingRankIsNamedAtTheMeeting) {
+  const auto common = local_world(3, seconds(2));
+  const auto endings = fork_ranks(
+      3,
+      [&](int64_t rank) {
+        if (rank == 2) return std::string();
+        auto options = common;
+        options.rank = rank;
+        World world(options);
+        return std::string();
+      },
+      seconds(20));
+  EXPECT_NE(endings[0].text.find("rank 2 of 3 did not come within 2 s"), std::string::npos) << endings[0].text;
+  EXPECT_NE(endings[1].text.find("turnout: the meeting of the ranks failed"), std::string::npos) << endings[1].text;
+}
+
+TEST(Faults, DifferentOptionsAreNamedAtTheStart) {
+  const auto endings = run_with(3, [](World& world) {
+    const std::string hidden = world.options.rank == 2 ? "64" : "128";
+    world.check_same("model options", "{\n  \"layers\": 4,\n  \"hidden\": " + hidden + "\n}");
+  });
+  for (const auto& ending : endings)
+    EXPECT_EQ(ending.text, "turnout: the ranks differ in model options: ranks 0, 1 have \"hidden\": 128, "
+                           "rank 2 has \"hidden\": 64");
+}
+
+TEST(Faults, OperationThatOneRankLeavesOutEndsInTime) {
+  const auto endings = run_with(2, [](World& world) {
+    if (world.options.rank == 1) {
+      std::this_thread::sleep_for(kTimeout + seconds(5));
+      return;
+    }
+    exchange_for(world, seconds(20));
+  });
+  EXPECT_EQ(endings[0].status, 3) << endings[0].text;
+  EXPECT_NE(endings[0].text.find("every rank still answers"), std::string::npos) << endings[0].text;
+  EXPECT_LE(endings[0].seconds, kLatest) << endings[0].text;
+}
+
+TEST(WorldOptions, ComeFromTheLaunchersVariables) {
+  const auto endings = fork_ranks(1, [](int64_t) {
+    EXPECT_EQ(world_options_from_environment().size, 1);
+    setenv("RANK", "2", 1);
+    EXPECT_SAYS(world_options_from_environment(), "the second is missing");
+    setenv("WORLD_SIZE", "four", 1);
+    EXPECT_SAYS(world_options_from_environment(), "WORLD_SIZE is 'four', expected a number");
+    setenv("WORLD_SIZE", "4", 1);
+    EXPECT_SAYS(world_options_from_environment(), "MASTER_ADDR is missing");
+    setenv("MASTER_ADDR", "10.0.0.7", 1);
+    setenv("MASTER_PORT", "1234", 1);
+    setenv("TORCHELASTIC_USE_AGENT_STORE", "True", 1);
+    setenv("TURNOUT_TIMEOUT", "9", 1);
+    const auto options = world_options_from_environment();
+    EXPECT_EQ(options.rank, 2);
+    EXPECT_EQ(options.size, 4);
+    EXPECT_EQ(options.host, "10.0.0.7");
+    EXPECT_EQ(options.port, 1234);
+    EXPECT_TRUE(options.launcher_holds_store);
+    EXPECT_EQ(options.timeout, seconds(9));
+    return std::string();
+  }, seconds(20));
+  EXPECT_EQ(endings[0].status, 0) << endings[0].text;
+}
+
+}  // namespace
+}  // namespace turnout::testing
