@@ -45,13 +45,13 @@ std::string layer_text(const Json& json, const Style& style) {
   const auto number = [&](const char* name) { return trace[name].get<double>(); };
   const auto count = [&](const char* name) { return trace[name].get<int64_t>(); };
   std::string text = style.strong(fmt::format("LAYER {}", json["layer"].get<int64_t>())) + "\n";
-  text += fmt::format("  of {}: {} experts, top {}, router {}\n", json["checkpoint"].get<std::string>(),
+  text += fmt::format("  of {}\n  {} experts, top {}, router {}\n", json["checkpoint"].get<std::string>(),
                       count("experts"), count("top_k"), json["router"].get<std::string>());
   text += fmt::format("  input: {}\n", json["input"].get<std::string>());
   text += load_text("  rows of each expert:", trace["rows"]);
   text += fmt::format("  largest over mean {:.2f}, {} experts without a row, {} of {} choices dropped\n",
                       number("max_over_mean"), count("dead_experts"), count("dropped"), count("choices"));
-  text += fmt::format("  entropy {:.3f} of at most {:.3f} nats; logits {:.3f} (root mean square), {:.2f} at most\n",
+  text += fmt::format("  entropy {:.3f} of at most {:.3f} nats; logits {:.3f} (root mean square), to {:.2f}\n",
                       number("entropy"), number("entropy_max"), number("logit_rms"), number("logit_max"));
   text += fmt::format("  balance loss {:.4f} ({}), z-loss {:.4f}, before coefficients\n", number("balance_loss"),
                       trace["load_count"].get<std::string>(), number("z_loss"));

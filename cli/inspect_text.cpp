@@ -74,7 +74,7 @@ std::string stages_text(const Json& json, const Style& style) {
                     shape_text(stage["described_shape"]), stage["here"].get<std::string>(), shape_text(stage["shape"]));
     text += line.substr(0, line.find_last_not_of(' ') + 1) + "\n";
   }
-  text += fmt::format("  The dispatch tensor holds {} numbers, {} not 0; the plan says the same in {}.\n",
+  text += fmt::format("  Of {} numbers of the dispatch tensor {} are not 0; the plan has {}.\n",
                       json["dispatch_tensor_numbers"].get<int64_t>(), json["dispatch_tensor_ones"].get<int64_t>(),
                       json["plan_numbers"].get<int64_t>());
   text += fmt::format("  {} rows in {} slots. Balance loss {:.4f}, before its coefficient.\n",

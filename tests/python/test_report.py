@@ -61,8 +61,8 @@ def test_every_chart_is_drawn_and_nothing_else_happens(page, request, which, cha
     file = file / "report.html" if file.is_dir() else file
     show(page, file, scheme=scheme)
     assert page.evaluate(f"{CHARTS}.length") == charts
-    assert page.evaluate(f"[...{CHARTS}].every(chart => chart.querySelector('.main-svg .plot')?.children.length > 0)")
-    assert page.evaluate(f"[...{CHARTS}].every(c => c.querySelector('.trace, .heatmaplayer image, .hm'))")
+    drawn = "c.querySelectorAll('.main-svg .trace path, .main-svg .hm image').length"
+    assert page.evaluate(f"[...{CHARTS}].every(c => {drawn} > 0)")
     assert page.evaluate("document.documentElement.dataset.scheme") == scheme
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     expect_quiet(page, file)
