@@ -75,7 +75,7 @@ std::string headline(const ExampleOptions& o) {
   std::string text = fmt::format("{} x {} tokens, hidden {}, {} experts, router {}, top {}, seed {}\n", o.batch,
                                  o.sequence, o.hidden, o.experts, o.router, o.top_k, o.seed);
   if (o.gshard()) text += fmt::format("second expert {} (threshold {:g}), ", to_string(o.policy), o.threshold);
-  return text + fmt::format("capacity factor {:g}, at least {} places\n\n", o.factor, o.minimum);
+  return text + fmt::format("capacity factor {:g}, minimum capacity {}\n\n", o.factor, o.minimum);
 }
 
 void inspect(InspectOptions& o) {

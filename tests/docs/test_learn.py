@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 
 import pytest
@@ -50,9 +51,17 @@ def agree(shown, printed):
 ALL = [(title, command, output) for title, text in sections() for command, output in sessions(text)]
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the page's commands run, one after the other: a folder that holds the documentation."""
+    folder = tmp_path_factory.mktemp("learn")
+    shutil.copytree(ROOT / "docs", folder / "docs")
+    return folder
+
+
 @pytest.mark.parametrize("title, command, output", ALL, ids=[command for _, command, _ in ALL])
-def test_each_command_prints_what_the_page_shows(title, command, output, tmp_path):
-    printed = iter(run(command, tmp_path))
+def test_each_command_prints_what_the_page_shows(title, command, output, folder):
+    printed = iter(run(command, folder))
     for line in output:
         if line.strip() == "...":  # lines that the page leaves out
             continue
