@@ -5,12 +5,16 @@
 #include "layer_trace.h"
 
 #include <turnout/checkpoint.h>
+#include <turnout/pretrained.h>
 
 #include <ATen/Context.h>
 #include <ATen/Functions.h>
 #include <c10/util/Exception.h>
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
 
 namespace turnout::cli {
 namespace {
@@ -18,6 +22,23 @@ namespace {
 constexpr int64_t kLongestText = int64_t{64} << 20;
 constexpr int64_t kMostTokens = int64_t{1} << 22;
 constexpr int64_t kWindowsACall = 8;
+constexpr int64_t kLongestConfig = 1 << 20;
+
+/// Whether the folder holds a model of transformers: those of this program have no model_type.
+bool is_published(const std::string& folder) {
+  const Json config = Json::parse(read_file(folder + "/config.json", kLongestConfig), nullptr, /*allow_exceptions=*/false);
+  return config.is_object() && config.contains("model_type");
+}
+
+MoE published_layer(const LayerOptions& o) {
+  const PretrainedMoE model = pretrained_moe(o.checkpoint);
+  TORCH_CHECK_VALUE(std::find(model.layers.begin(), model.layers.end(), o.layer) != model.layers.end(), "--layer is ",
+                    o.layer, ", expected one of those with experts in ", o.checkpoint, ": ",
+                    fmt::format("{}", fmt::join(model.layers, ", ")));
+  TORCH_CHECK_VALUE(o.text.empty(), "--text goes through models that turnout trained, but ", o.checkpoint, " holds a ",
+                    model.family, " model: without it the layer gets random rows");
+  return load_moe_layer(o.checkpoint, o.layer, at::kFloat);
+}
 
 MoE layer_of(const ByteLanguageModel& model, const LayerOptions& o) {
   const auto layers = static_cast<int64_t>(model->blocks.size());
@@ -38,8 +59,9 @@ std::string router_of(const RouterOptions& options) {
 Json layer_json(const LayerOptions& o) {
   TORCH_CHECK_VALUE(o.tokens >= 1 && o.tokens <= kMostTokens, "--tokens is ", o.tokens, ", expected 1 to ",
                     kMostTokens);
-  ByteLanguageModel model = load_model(o.checkpoint);
-  const MoE moe = layer_of(model, o);
+  const bool published = is_published(o.checkpoint);
+  ByteLanguageModel model = published ? ByteLanguageModel(nullptr) : load_model(o.checkpoint);
+  const MoE moe = published ? published_layer(o) : layer_of(model, o);
   Json json = {{"checkpoint", o.checkpoint}, {"layer", o.layer}, {"router", router_of(moe->options.router)}};
   if (o.text.empty()) {
     at::manual_seed(o.seed);

@@ -48,7 +48,7 @@ std::string layer_text(const Json& json, const Style& style) {
   text += fmt::format("  of {}\n  {} experts, top {}, router {}\n", json["checkpoint"].get<std::string>(),
                       count("experts"), count("top_k"), json["router"].get<std::string>());
   text += fmt::format("  input: {}\n", json["input"].get<std::string>());
-  text += load_text("  rows of each expert:", trace["rows"]);
+  text += load_text("  rows of each expert: ", trace["rows"]);
   text += fmt::format("  largest over mean {:.2f}, {} experts without a row, {} of {} choices dropped\n",
                       number("max_over_mean"), count("dead_experts"), count("dropped"), count("choices"));
   text += fmt::format("  entropy {:.3f} of at most {:.3f} nats; logits {:.3f} (root mean square), to {:.2f}\n",

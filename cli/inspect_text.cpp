@@ -109,13 +109,13 @@ std::string policies_text(const Json& json, const Style& style) {
 
 std::string capacity_text(const Json& json, const Style& style) {
   std::string text = title(style, "CAPACITY");
-  text += style.faint("  factor   places   dropped choices   tokens left alone    idle slots") + "\n";
+  text += style.faint("  factor   places   dropped choices   tokens left alone       idle slots") + "\n";
   for (const Json& entry : json) {
     const auto dropped = entry["dropped"].get<int64_t>();
     const std::string cell =
         fmt::format("{:>17}", fmt::format("{} ({})", dropped, percent(entry["dropped_share"].get<double>())));
     text +=
-        fmt::format("  {:>6} {:>8} {} {:>19} {:>13}\n", fmt::format("{:g}", entry["factor"].get<double>()),
+        fmt::format("  {:>6} {:>8} {} {:>19} {:>16}\n", fmt::format("{:g}", entry["factor"].get<double>()),
                     entry["places"].get<int64_t>(), dropped > 0 ? style.bad(cell) : cell,
                     entry["tokens_without_expert"].get<int64_t>(),
                     fmt::format("{} ({})", entry["idle"].get<int64_t>(), percent(entry["idle_share"].get<double>())));
@@ -139,14 +139,14 @@ std::string hierarchy_text(const Json& json, const Style& style) {
   for (const Json& stage : json["stages"])
     text += fmt::format("  {:<24}{}\n", stage["name"].get<std::string>(), shape_text(stage["shape"]));
   const Json &outer = json["outer"], &inner = json["inner"];
-  text += load_text("  rows of each outer expert:", outer["rows"]);
+  text += load_text("  rows of each outer expert: ", outer["rows"]);
   text += fmt::format("  outer: {} places a sequence, {} dropped, loss {:.4f}\n", outer["capacity"].get<int64_t>(),
                       outer["dropped"].get<int64_t>(), outer["loss"].get<double>());
   text += fmt::format("  slots: {} of first choices, {} of second choices, {} empty\n",
                       json["first_choice_slots"].get<int64_t>(), json["second_choice_slots"].get<int64_t>(),
                       json["empty_slots"].get<int64_t>());
   for (size_t o = 0; o < inner["rows"].size(); ++o)
-    text += load_text(fmt::format("  rows within outer expert {}:", o), inner["rows"][o]);
+    text += load_text(fmt::format("  rows within outer expert {}: ", o), inner["rows"][o]);
   text += fmt::format("  inner: {} places of {} slots, {} dropped, loss {:.4f}\n", inner["capacity"].get<int64_t>(),
                       inner["group"].get<int64_t>(), inner["dropped"].get<int64_t>(), inner["loss"].get<double>());
   return text + fmt::format("  auxiliary loss: {:g} x (outer + inner) = {:.6f}\n",

@@ -114,7 +114,9 @@ function routersSection() {
     ["balance", "Balance loss", "Before its coefficient.", (e) => e.balance_loss],
     ["dead", "Experts without a token", "In a whole interval.", (e) => e.dead_experts],
     ["dropped", "Choices dropped", "For lack of a place.", (e) => e.dropped / e.choices],
-  ].filter(([, , , value]) => lines.some((entry) => value(entry) != null));
+  ].filter(([, , , value]) => lines.some((entry) => value(entry)));  // what is 0 or absent all along is said below
+  const never = [["dead", "no expert went without a token in any interval"], ["dropped", "no choice was dropped"]]
+    .filter(([key]) => !measures.some(([name]) => name === key)).map(([, words]) => words);
   const charts = measures.map(([, title, words, value]) => chart({
     title, words,
     traces: (c) => layersOf(lines).map((layer, i) => {
@@ -128,7 +130,8 @@ function routersSection() {
         return [layer, value(mine[0]), value(mine[mine.length - 1])];
       })),
   }).element);
-  section("routers", "The routers", el("div", {class: "grid"}, charts));
+  section("routers", "The routers", el("div", {class: "grid"}, charts),
+          never.length ? note(`In this run ${never.join(", and ")}.`) : null);
 }
 
 // What the experts of one layer take: shared by comparisons and by an inspected layer.

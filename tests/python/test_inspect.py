@@ -261,3 +261,26 @@ def test_layers_and_folders_that_do_not_fit_are_refused(checkpoint, tmp_path):
     assert "the text is empty" in refuses("inspect", "--checkpoint", folder, "--layer", 1, "--text", empty)
     (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
     assert str(tmp_path / "config.json") in refuses("inspect", "--checkpoint", tmp_path)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+def test_a_layer_of_a_published_model_on_random_rows(family, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, "num_experts_per_tok": 2,
+             "num_local_experts": 6, "num_experts": 6, "mlp_only_layers": [0] if family == "Qwen3Moe" else None}
+    config = getattr(transformers, f"{family}Config")(**{k: v for k, v in sizes.items() if v is not None})
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    model.save_pretrained(tmp_path)
+    [gate] = [p for name, p in model.named_parameters() if "layers.1." in name and name.endswith("gate.weight")]
+    layer = numbers("--checkpoint", tmp_path, "--layer", 1, "--tokens", 200)["layer"]
+    torch.manual_seed(0)
+    logits = torch.randn(200, 32) @ gate.detach().T
+    assert layer["trace"]["rows"] == logits.topk(2).indices.flatten().bincount(minlength=6).tolist()
+    assert layer["trace"]["logit_rms"] == pytest.approx(logits.square().mean().sqrt().item(), rel=1e-4)
+    assert "takers" not in layer
+    if family == "Qwen3Moe":
+        assert "--layer is 0, expected one of those with experts" in refuses("inspect", "--checkpoint", tmp_path)
+    book = tmp_path / "book.txt"
+    book.write_text("text")
+    assert "--text" in refuses("inspect", "--checkpoint", tmp_path, "--layer", 1, "--text", book)

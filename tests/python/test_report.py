@@ -3,11 +3,13 @@
 import json
 import os
 import pathlib
+import struct
+import subprocess
 
 import pytest
 
 from browser import open_browser
-from test_cli import TINY, refuses, turnout
+from test_cli import ROOT, TINY, refuses, turnout
 
 CHARTS = "document.querySelectorAll('.chart')"
 
@@ -54,13 +56,21 @@ def expect_quiet(page, file):
     assert asked == [file.as_uri()]
 
 
-@pytest.mark.parametrize("which, charts", [("comparison", 1 + 1 + 2 + 6 + 2), ("inspection", 6)])
+def charts_of(file):
+    """Of a comparison: loss, throughput, two loads, router measures (what is 0 all along has none), two sweeps."""
+    lines = [json.loads(line) for line in (file.parent / "telemetry.jsonl").read_text().splitlines()]
+    layers = [line for line in lines if line["kind"] == "layer"]
+    measures = "entropy", "max_over_mean", "logit_rms", "balance_loss", "dead_experts", "dropped"
+    return 1 + 1 + 2 + sum(any(line[name] for line in layers) for name in measures) + 2
+
+
+@pytest.mark.parametrize("which", ["comparison", "inspection"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_chart_is_drawn_and_nothing_else_happens(page, request, which, charts, scheme):
+def test_every_chart_is_drawn_and_nothing_else_happens(page, request, which, scheme):
     file = request.getfixturevalue(which)
     file = file / "report.html" if file.is_dir() else file
     show(page, file, scheme=scheme)
-    assert page.evaluate(f"{CHARTS}.length") == charts
+    assert page.evaluate(f"{CHARTS}.length") == (charts_of(file) if which == "comparison" else 6)
     drawn = "c.querySelectorAll('.main-svg .trace path, .main-svg .hm image').length"
     assert page.evaluate(f"[...{CHARTS}].every(c => {drawn} > 0)")
     assert page.evaluate("document.documentElement.dataset.scheme") == scheme
@@ -125,6 +135,16 @@ def test_it_fits_paper_and_narrow_screens(page, comparison):
     printed = page.call("Page.printToPDF", printBackground=False)["data"]
     assert len(printed) > 20000
     expect_quiet(page, file)
+
+
+def test_the_main_chart_becomes_a_picture(comparison, tmp_path):
+    picture = tmp_path / "chart.png"
+    done = subprocess.run([ROOT / "scripts" / "picture.sh", comparison / "report.html", picture], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    content = picture.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", content[16:24]) == (1200, 675)
+    assert len(content) > 15000, "a blank picture is smaller"
 
 
 def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path):
