@@ -20,8 +20,8 @@ build: setup ## build the library, the program and the tests
 program: setup ## build the library and the program
 	@$(call configure,release) cmake --build --preset release --target turnout_cli
 
-compare: program ## train a MoE and its dense twin on real text and compare them (ARGS="…" passes options)
-	@build/bin/turnout compare $(ARGS)
+compare: program ## train a MoE and its dense twin on real text and compare them (ARGS="…" passes options, RANKS=2 splits)
+	@$(in_environment) $(if $(RANKS),torchrun --no-python --standalone --nproc-per-node $(RANKS)) build/bin/turnout compare $(ARGS)
 
 picture: ## draw the main chart of a report as PNG (REPORT=runs/compare/report.html PNG=compare.png)
 	@scripts/setup.sh browser
@@ -42,8 +42,10 @@ sanitize: setup ## run the C++ tests with the address and undefined-behaviour sa
 sanitize-kernels: setup ## the same for the torch-free kernels alone
 	@$(call configure,asan) cmake --build --preset asan --target kernels_test kernels_fuzz; ctest --preset asan -R kernels
 
-fuzz: setup ## 100,000 random cases of the kernels against the reference, sanitized (ARGS="[cases [first seed]]")
-	@$(call configure,asan) cmake --build --preset asan --target kernels_fuzz; build-asan/bin/kernels_fuzz $(or $(ARGS),100000)
+fuzz: setup ## random kernel cases against the reference and damaged checkpoints, sanitized (ARGS="[cases [first seed]]")
+	@$(call configure,asan) cmake --build --preset asan --target kernels_fuzz checkpoint_fuzz; \
+	  build-asan/bin/kernels_fuzz $(or $(ARGS),100000); \
+	  ASAN_OPTIONS=detect_leaks=0 build-asan/bin/checkpoint_fuzz $(or $(ARGS),50000)
 
 format: ## format the C++ sources with clang-format
 	@find include src cli tests -name '*.h' -o -name '*.cpp' | xargs clang-format -i

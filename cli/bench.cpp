@@ -1,5 +1,6 @@
 // `turnout bench`: how near do the experts come to the limits of this machine, measured in the same run?
 #include "bench_cases.h"
+#include "bench_exchange.h"
 #include "commands.h"
 #include "machine.h"
 #include "terminal.h"
@@ -36,6 +37,7 @@ struct BenchOptions {
   std::string json;
   bool list = false;
   bool limits = false;
+  bool exchange = false;
 };
 
 struct MachineLimits {
@@ -186,6 +188,10 @@ void bench(BenchOptions& o) {
     fmt::print("{}", list_of(shapes));
     return;
   }
+  if (o.exchange) {
+    bench_exchange(shapes, o.types, o.seconds, o.json);
+    return;
+  }
   const std::vector<BenchJob> jobs = jobs_of(o, shapes);
   std::optional<AtomicFile> file;  // opened first: a long run must not end at a folder that is not there
   if (!o.json.empty()) file.emplace(o.json);
@@ -233,10 +239,12 @@ void add_bench(CLI::App& program) {
   app->add_option("--json", o->json, "File for all numbers, with hardware and versions");
   app->add_flag("--list", o->list, "List the shapes and stop");
   app->add_flag("--limits", o->limits, "Measure the machine alone and stop");
+  app->add_flag("--exchange", o->exchange, "Measure layers whose experts lie on the ranks that torchrun started instead");
   app->footer(
       "Examples:\n"
       "  turnout bench --shape few-rows,gelu --type fp32\n"
       "  turnout bench --case decode --threads 1 --json decode.json\n"
+      "  torchrun --no-python --nproc-per-node 2 turnout bench --exchange --shape few-rows --threads 1\n"
       "  turnout bench --list");
   app->callback([o] { bench(*o); });
 }

@@ -3,6 +3,7 @@
 #include "contest.h"
 #include "layer_trace.h"
 #include "machine.h"
+#include "ranks.h"
 #include "report.h"
 #include "run_options.h"
 #include "terminal.h"
@@ -22,11 +23,12 @@ struct CompareOptions {
   RunOptions run;
   std::string output = "runs/compare";
   int64_t evaluations = 10;
+  RankOptions ranks;
 };
 
 void describe(const LanguageModelOptions& dense, const LanguageModelOptions& moe, const RunOptions& run,
-              const ByteText& text) {
-  fmt::print("{}\n", machine_line());
+              const ByteText& text, int64_t ranks) {
+  fmt::print("{}{}\n", machine_line(), ranks > 1 ? fmt::format(", {} ranks", ranks) : "");
   fmt::print("text: {} training bytes in {} files, {} held-out bytes in {} others\n", text.training.size(),
              text.training_files.size(), text.held_out.size(), text.held_out_files.size());
   fmt::print("MoE, FLOPs a token:   {}\n", to_string(flops_per_token(moe)));
@@ -36,13 +38,13 @@ void describe(const LanguageModelOptions& dense, const LanguageModelOptions& moe
 }
 
 Contestant contestant(const std::string& name, const LanguageModelOptions& model, const TrainingOptions& training,
-                      const std::shared_ptr<const ByteText>& text) {
-  Trainer trainer(make_model(model, training.seed), training, text);
+                      const std::shared_ptr<const ByteText>& text, const ParallelLayout& layout) {
+  Trainer trainer(make_model(model, training.seed, layout), training, text);
   Telemetry telemetry(name, trainer);
   return {.name = name, .trainer = std::move(trainer), .telemetry = std::move(telemetry)};
 }
 
-Json settings_json(const CompareOptions& options, const ByteText& text, const Contestant& dense,
+Json settings_json(const CompareOptions& options, const ByteText& text, int64_t ranks, const Contestant& dense,
                    const Contestant& moe) {
   Json json;
   json["results"] = results_json(dense, moe);
@@ -56,6 +58,7 @@ Json settings_json(const CompareOptions& options, const ByteText& text, const Co
                   {"held_out_bytes", text.held_out.size()},
                   {"held_out_files", text.held_out_files}};
   json["machine"] = machine_json();
+  json["ranks"] = ranks;
   return json;
 }
 
@@ -66,37 +69,46 @@ Json lines_json(const std::string& jsonl) {
   return list;
 }
 
-// The page shows all that the other files hold, and what the trained routers do with held-out text.
-std::string report(const CompareOptions& options, Json data, const ByteText& text, const Contestant& dense,
-                   const Contestant& moe) {
+// What the trained routers do with held-out text. Experts on other ranks take part: all ranks call this.
+Json layers_json(const CompareOptions& options, const ByteText& text, const Contestant& moe) {
+  const TrainingOptions& training = options.run.training;
+  const TextWindows windows = windows_of(text.held_out, options.run.model.context, training.batch, training.eval_bytes);
+  Json layers = Json::array();
+  for (const LayerTrace& trace : trace_model(moe.trainer.model, windows, training.batch))
+    layers.push_back({{"trace", trace_json(trace)}, {"takers", takers_json(trace, windows)}});
+  return layers;
+}
+
+// The page shows all that the other files hold, and the layers.
+std::string report(Json data, Json layers, const Contestant& dense, const Contestant& moe) {
   data["subtitle"] = machine_line();
   data["curves"] = lines_json(curves_jsonl(dense, moe));
   data["telemetry"] = lines_json(dense.telemetry.jsonl() + moe.telemetry.jsonl());
-  data["layers"] = Json::array();
-  const TrainingOptions& training = options.run.training;
-  const TextWindows windows = windows_of(text.held_out, options.run.model.context, training.batch, training.eval_bytes);
-  for (const LayerTrace& trace : trace_model(moe.trainer.model, windows, training.batch))
-    data["layers"].push_back({{"trace", trace_json(trace)}, {"takers", takers_json(trace, windows)}});
+  data["layers"] = std::move(layers);
   return report_page("Dense against mixture of experts", data);
 }
 
-void write_results(const CompareOptions& options, const ByteText& text, const Contestant& dense,
+void write_results(const CompareOptions& options, const Json& json, Json layers, const Contestant& dense,
                    const Contestant& moe) {
-  const Json json = settings_json(options, text, dense, moe);
+  write_file(options.output + "/curves.jsonl", curves_jsonl(dense, moe));
+  write_file(options.output + "/telemetry.jsonl", dense.telemetry.jsonl() + moe.telemetry.jsonl());
+  write_file(options.output + "/report.html", report(json, std::move(layers), dense, moe));
+  // Last: whoever finds compare.json finds the rest as well.
+  write_file(options.output + "/compare.json", json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n");
+}
+
+// Of models on several ranks each rank has a part to give.
+void save_models(const CompareOptions& options, const Contestant& dense, const Contestant& moe) {
   for (const Contestant* c : {&dense, &moe}) {
     const std::string folder = options.output + "/" + c->name;
     std::filesystem::create_directories(folder);
     save_model(c->trainer.model, folder);
   }
-  write_file(options.output + "/curves.jsonl", curves_jsonl(dense, moe));
-  write_file(options.output + "/telemetry.jsonl", dense.telemetry.jsonl() + moe.telemetry.jsonl());
-  write_file(options.output + "/report.html", report(options, json, text, dense, moe));
-  // Last: whoever finds compare.json finds the rest as well.
-  write_file(options.output + "/compare.json", json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n");
 }
 
 void compare(CompareOptions& options) {
   RunOptions& run = options.run;
+  Ranks ranks(options.ranks);
   settle(run);
   TORCH_CHECK_VALUE(run.model.kind != BlockKind::dense,
                     "--kind is dense, expected moe or hybrid: the dense model is "
@@ -104,15 +116,19 @@ void compare(CompareOptions& options) {
   TORCH_CHECK_VALUE(options.evaluations >= 1, "--evaluations is ", options.evaluations, ", expected 1 or more");
   const std::shared_ptr<const ByteText> text = load_text_of(run);
   const LanguageModelOptions twin = dense_twin(run.model);
-  prepare_output(options.output);
+  if (ranks.first()) prepare_output(options.output);
   check_report_files();  // before a long run, not after it
-  fit_minutes(run, {twin, run.model}, text);
-  Contestant dense = contestant("dense", twin, run.training, text),
-             moe = contestant("moe", run.model, run.training, text);
-  describe(twin, run.model, run, *text);
+  ranks.check_same(run, *text);
+  fit_minutes(run, {twin, run.model}, text, ranks);
+  Contestant dense = contestant("dense", twin, run.training, text, ranks.layout()),
+             moe = contestant("moe", run.model, run.training, text, ranks.layout());
+  if (ranks.first()) describe(twin, run.model, run, *text, ranks.size());
   catch_interrupts();
-  run_contest(dense, moe, std::min(options.evaluations, run.training.steps));
-  write_results(options, *text, dense, moe);
+  run_contest(dense, moe, std::min(options.evaluations, run.training.steps), ranks);
+  save_models(options, dense, moe);
+  Json layers = layers_json(options, *text, moe);
+  if (!ranks.first()) return;
+  write_results(options, settings_json(options, *text, ranks.size(), dense, moe), std::move(layers), dense, moe);
   fmt::print("{}\nWritten: {}/compare.json, curves.jsonl, telemetry.jsonl, dense/, moe/\nThe report: {}/report.html\n",
              table(dense, moe), options.output, options.output);
 }
@@ -127,11 +143,13 @@ void add_compare(CLI::App& program) {
   app->add_option("--output", options->output, "Folder of the results; replaces those of an earlier run there")
       ->capture_default_str();
   app->add_option("--evaluations", options->evaluations, "Points of the curves")->capture_default_str();
+  add_rank_options(*app, options->ranks);
   app->footer(
       "Examples:\n"
       "  turnout compare\n"
       "  turnout compare --experts 32 --top-k 1 --router probability --minutes 10\n"
-      "  turnout compare --text book.txt notes/ --layers 2 --hidden 64 --tokens 500000");
+      "  turnout compare --text book.txt notes/ --layers 2 --hidden 64 --tokens 500000\n"
+      "  torchrun --no-python --nproc-per-node 2 turnout compare");
   app->callback([options, arguments] { compare(*options); });
 }
 

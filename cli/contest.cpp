@@ -1,6 +1,7 @@
 // The contest itself: alternate steps, each model's own clock.
 #include "contest.h"
 
+#include "ranks.h"
 #include "terminal.h"
 
 #include <ATen/ops/amax.h>
@@ -46,11 +47,11 @@ double bits_at(const std::vector<CurvePoint>& curve, double seconds) {
   return curve.back().bits_per_byte;
 }
 
-void run_contest(Contestant& dense, Contestant& moe, int64_t evaluations) {
+void run_contest(Contestant& dense, Contestant& moe, int64_t evaluations, const Ranks& ranks) {
   const int64_t steps = dense.trainer.options.steps;
   // Running means over about 20 steps: single batches jump.
   double dense_bits = 0, moe_bits = 0;
-  Progress progress(steps);
+  Progress progress(steps, ranks.first());
   for (int64_t step = 1; step <= steps; ++step) {
     Contestant& first = step % 2 ? dense : moe;
     Contestant& second = step % 2 ? moe : dense;
@@ -68,7 +69,7 @@ void run_contest(Contestant& dense, Contestant& moe, int64_t evaluations) {
       progress.update(step, fmt::format("dense {:.3f}  MoE {:.3f} bits/byte  {} tokens/s", dense_bits, moe_bits,
                                         short_number(tokens / (dense.seconds + moe.seconds))));
     }
-    if (interrupted())
+    if (ranks.interrupted_anywhere())
       throw Interrupted(
           fmt::format("stopped at step {} of {}: a comparison is written only when complete", step, steps));
   }

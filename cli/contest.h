@@ -47,7 +47,7 @@ double bits_at(const std::vector<CurvePoint>& curve, double seconds);
 
 /// Trains both to the end, a step of each in turn, the order of the two changing with every step.
 /// @throws Interrupted, DivergenceError
-void run_contest(Contestant& dense, Contestant& moe, int64_t evaluations);
+void run_contest(Contestant& dense, Contestant& moe, int64_t evaluations, const Ranks& ranks);
 
 /// The table, with the notes that it must not be read without.
 std::string table(const Contestant& dense, const Contestant& moe);

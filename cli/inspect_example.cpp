@@ -91,16 +91,16 @@ Routed route_example(const Example& example, SecondPolicy policy) {
     routed.loss = balance_loss(routed.chosen.scores, routed.chosen.topk_ids).item<double>();
   }
   routed.capacity = expert_capacity(capacity_of(o), o.group(), o.top_k, o.experts);
-  if (o.order == DropOrder::random) at::manual_seed(o.seed + 1);  // each pass draws the same order
-  const Capped capped =
-      limit_capacity(routed.chosen, o.experts, routed.capacity, o.group(), o.order, /*renormalize=*/false);
+  if (o.order == DropOrder::score) routed.priority = routed.chosen.topk_weights;
+  if (o.order == DropOrder::random) {
+    at::manual_seed(o.seed + 1);  // each pass draws the same order
+    routed.priority = at::rand_like(routed.chosen.topk_weights);
+  }
+  const Capped capped = limit_capacity(routed.chosen, o.experts, routed.capacity, o.group(), o.order,
+                                       /*renormalize=*/false, routed.priority);
   routed.kept = capped.routing;
   routed.dropped = capped.dropped.item<int64_t>();
-  if (o.order == DropOrder::random) at::manual_seed(o.seed + 1);
-  const auto priority = o.order == DropOrder::score    ? routed.chosen.topk_weights
-                        : o.order == DropOrder::random ? at::rand_like(routed.chosen.topk_weights)
-                                                       : at::Tensor();
-  routed.places = queue_positions(routed.chosen.topk_ids, o.experts, o.group(), o.order, priority);
+  routed.places = queue_positions(routed.chosen.topk_ids, o.experts, o.group(), o.order, routed.priority);
   return routed;
 }
 

@@ -53,10 +53,11 @@ Example make_example(const ExampleOptions& options);
 
 /// What the router decided and what capacity left of it.
 struct Routed {
-  Routing wanted;     ///< every choice, before a policy leaves the second one out
-  Routing chosen;     ///< [tokens, top_k] before capacity
-  Routing kept;       ///< after it
-  at::Tensor places;  ///< [tokens, top_k] place in the queue of its expert, before capacity; -1 = not sent
+  Routing wanted;       ///< every choice, before a policy leaves the second one out
+  Routing chosen;       ///< [tokens, top_k] before capacity
+  Routing kept;         ///< after it
+  at::Tensor priority;  ///< [tokens, top_k] of the drop orders score and random; else undefined
+  at::Tensor places;    ///< [tokens, top_k] place in the queue of its expert, before capacity; -1 = not sent
   int64_t capacity = 0;
   int64_t dropped = 0;
   double loss = 0;  ///< balance loss without coefficient

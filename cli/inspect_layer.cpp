@@ -26,7 +26,8 @@ constexpr int64_t kLongestConfig = 1 << 20;
 
 /// Whether the folder holds a model of transformers: those of this program have no model_type.
 bool is_published(const std::string& folder) {
-  const Json config = Json::parse(read_file(folder + "/config.json", kLongestConfig), nullptr, /*allow_exceptions=*/false);
+  const Json config =
+      Json::parse(read_file(folder + "/config.json", kLongestConfig), nullptr, /*allow_exceptions=*/false);
   return config.is_object() && config.contains("model_type");
 }
 

@@ -36,7 +36,8 @@ Json step_json(const Example& example, int64_t token);
 
 /// Sweep of places over choices that were made already, whatever made them.
 /// @param group_size tokens that queue together
+/// @param priority [tokens, top_k] or undefined: of drops by score or at random, see limit_capacity()
 Json capacity_sweep(const Routing& chosen, int64_t num_experts, int64_t group_size, const CapacityOptions& rules,
-                    const std::vector<double>& factors);
+                    const std::vector<double>& factors, const at::Tensor& priority = {});
 
 }  // namespace turnout::cli

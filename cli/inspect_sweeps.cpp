@@ -51,7 +51,7 @@ Json policies_json(const Example& example) {
 }
 
 Json capacity_sweep(const Routing& chosen, int64_t num_experts, int64_t group_size, const CapacityOptions& rules,
-                    const std::vector<double>& factors) {
+                    const std::vector<double>& factors, const at::Tensor& priority) {
   const int64_t tokens = chosen.topk_ids.size(0), groups = tokens / group_size;
   const auto choices = chosen.topk_ids.ge(0).sum().item<int64_t>();
   Json list = Json::array();
@@ -59,7 +59,8 @@ Json capacity_sweep(const Routing& chosen, int64_t num_experts, int64_t group_si
     CapacityOptions capacity = rules;
     capacity.factor = factor;
     const int64_t places = expert_capacity(capacity, group_size, chosen.topk_ids.size(1), num_experts);
-    const Capped capped = limit_capacity(chosen, num_experts, places, group_size, rules.order);
+    const Capped capped = limit_capacity(chosen, num_experts, places, group_size, rules.order,
+                                         /*renormalize=*/false, priority);
     const auto dropped = capped.dropped.item<int64_t>();
     const int64_t slots = num_experts * groups * places, idle = slots - (choices - dropped);
     const auto share = [](int64_t part, int64_t whole) {
@@ -81,7 +82,7 @@ Json capacity_sweep(const Routing& chosen, int64_t num_experts, int64_t group_si
 Json capacity_json(const Example& example, const std::vector<double>& factors) {
   const ExampleOptions& o = example.options;
   const Routed routed = route_example(example, o.policy);
-  return capacity_sweep(routed.chosen, o.experts, o.group(), capacity_of(o), factors);
+  return capacity_sweep(routed.chosen, o.experts, o.group(), capacity_of(o), factors, routed.priority);
 }
 
 Json collapse_json(const Example& example) {
@@ -98,12 +99,12 @@ Json collapse_json(const Example& example) {
     const Routing first{top2.routing.topk_ids[0], top2.routing.topk_weights[0], top2.routing.scores[0]};
     const Capped capped = limit_capacity(first, o.experts, places, o.group());
     const DispatchPlan wanted = plan(first.topk_ids, o.experts);
-    const RoutingStatistics statistics = routing_statistics(first, wanted, {}, logits);
+    const RoutingStatistics statistics = routing_statistics(first, wanted);
     list.push_back({{"share", share},
                     {"wanted", to_json(statistics.tokens_per_expert)},
-                    {"max_over_mean", statistics.max_over_mean},
+                    {"max_over_mean", value(statistics.max_over_mean)},
                     {"loss", value(balance_loss(first.scores, first.topk_ids, LoadCount::first_choice))},
-                    {"entropy", statistics.entropy},
+                    {"entropy", value(statistics.entropy)},
                     {"z_loss", value(z_loss(logits))},
                     {"dropped", capped.dropped.item<int64_t>()}});
   }

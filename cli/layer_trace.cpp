@@ -92,9 +92,9 @@ std::vector<LayerTrace> trace_model(ByteLanguageModel model, const TextWindows& 
 
 Json trace_json(const LayerTrace& trace) {
   const MoEOptions& o = trace.options;
-  const auto dropped = at::scalar_tensor(trace.dropped, at::kLong);
-  const RoutingStatistics s =
-      routing_statistics(trace.kept, plan(trace.kept.topk_ids, o.num_experts), dropped, trace.logits);
+  const RoutingStatistics s = routing_statistics(trace.kept, plan(trace.kept.topk_ids, o.num_experts));
+  const auto value = [](const at::Tensor& scalar) { return scalar.item<double>(); };
+  const at::Tensor logits = trace.logits.to(at::kFloat);
   CapacityOptions rules = o.capacity;
   rules.fixed = 0;
   rules.per_sequence = false;
@@ -104,17 +104,17 @@ Json trace_json(const LayerTrace& trace) {
           {"tokens", trace.logits.size(0)},
           {"group", trace.group_size},
           {"rows", to_json(s.tokens_per_expert)},
-          {"max_over_mean", s.max_over_mean},
-          {"dead_experts", s.dead_experts},
-          {"choices", s.choices},
-          {"dropped", s.dropped},
-          {"entropy", s.entropy},
+          {"max_over_mean", value(s.max_over_mean)},
+          {"dead_experts", s.dead_experts.item<int64_t>()},
+          {"choices", trace.kept.topk_ids.numel()},
+          {"dropped", trace.dropped},
+          {"entropy", value(s.entropy)},
           {"entropy_max", std::log(static_cast<double>(o.num_experts))},
-          {"logit_rms", s.logit_rms},
-          {"logit_max", s.logit_max},
+          {"logit_rms", value(logits.square().mean().sqrt())},
+          {"logit_max", value(logits.abs().max())},
           {"load_count", to_string(o.load_count)},
-          {"balance_loss", balance_loss(trace.chosen.scores, trace.chosen.topk_ids, o.load_count).item<double>()},
-          {"z_loss", z_loss(trace.logits).item<double>()},
+          {"balance_loss", value(balance_loss(trace.chosen.scores, trace.chosen.topk_ids, o.load_count))},
+          {"z_loss", value(z_loss(trace.logits))},
           {"capacity", capacity_sweep(trace.chosen, o.num_experts, trace.group_size, rules, swept_factors())}};
 }
 

@@ -3,12 +3,14 @@
 // Status 0: done. 1: a run failed on its way (it diverged). 2: bad input or files. 130: stopped by Ctrl-C.
 #include "commands.h"
 #include "machine.h"
+#include "ranks.h"
 #include "terminal.h"
 
 #include <turnout/checkpoint.h>
 #include <turnout/training.h>
 
 #include <c10/util/Exception.h>
+#include <c10/util/Logging.h>
 
 #include <fmt/format.h>
 
@@ -24,9 +26,16 @@
 namespace {
 
 int fail(int status, const std::string& message) {
-  const char* prefix = message.starts_with("turnout: ") ? "" : "turnout: ";
-  turnout::cli::say(prefix + turnout::cli::one_line(message) + "\n");
+  const auto rank = turnout::cli::rank_of_process();
+  std::string line = message.starts_with("turnout: ") ? message : "turnout: " + message;
+  if (rank > 0) line = "turnout: rank " + std::to_string(rank) + line.substr(std::string("turnout").size());
+  turnout::cli::say(turnout::cli::one_line(line) + "\n");
   return status;
+}
+
+// What every rank of a run comes upon alike is said by the first.
+int fail_alike(int status, const std::string& message) {
+  return turnout::cli::rank_of_process() > 0 ? status : fail(status, message);
 }
 
 // The number of a closed standard stream would go to the next file that is opened, and messages into that file.
@@ -78,15 +87,18 @@ int run(int argc, char** argv) {
     return 0;
   } catch (const CLI::ParseError& error) {
     if (argc > 1 && argv[1][0] != '-' && program.get_subcommands().empty())
-      return fail(
-          2, fmt::format("unknown subcommand '{}', expected compare, train, generate, bench or inspect (see --help)", argv[1]));
-    return fail(2, std::string(error.what()) + " (see --help)");
+      return fail_alike(
+          2, fmt::format("unknown subcommand '{}', expected compare, train, generate, bench or inspect (see --help)",
+                         argv[1]));
+    return fail_alike(2, std::string(error.what()) + " (see --help)");
   } catch (const turnout::cli::Interrupted& stop) {
-    return fail(130, stop.what());
+    return fail_alike(130, stop.what());
   } catch (const turnout::DivergenceError& error) {
-    return fail(1, error.what());
+    return fail_alike(1, error.what());
   } catch (const turnout::FileError& error) {
     return fail(2, error.what());
+  } catch (const c10::ValueError& error) {
+    return fail_alike(2, error.what_without_backtrace());
   } catch (const c10::Error& error) {
     return fail(2, error.what_without_backtrace());
   } catch (const std::bad_alloc&) {
@@ -101,6 +113,8 @@ int run(int argc, char** argv) {
 int main(int argc, char** argv) {
   limit_spinning(argv);
   occupy_standard_streams();
+  setenv("TORCH_CPP_LOG_LEVEL", "FATAL", /*overwrite=*/0);  // what c10d traces, the program says in a line
+  c10::initLogging();
   std::signal(SIGXFSZ, SIG_IGN);  // a file-size limit becomes an error of the write, not a signal
   return run(argc, argv);
 }

@@ -2,6 +2,7 @@
 #include "run_options.h"
 
 #include "commands.h"
+#include "ranks.h"
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
@@ -59,7 +60,7 @@ void RunArguments::add_model_options() {
       "--context", [](RunOptions & o) -> auto& { return o.model.context; }, "Bytes that attention reaches back");
   word(
       "--activation", [](RunOptions & o) -> auto& { return o.model.activation; }, parse_activation,
-      "relu, gelu, gelu_tanh, silu, swiglu, geglu");
+      "relu, gelu, gelu_tanh, silu, swiglu, geglu, swiglu_clamped");
   value(
       "--ffn", [](RunOptions & o) -> auto& { return o.ffn; },
       "Width of dense networks; 0 = as many FLOPs as the active experts and the gate");
@@ -166,7 +167,7 @@ void use_threads(RunOptions& o) {
 }
 
 void fit_minutes(RunOptions& o, const std::vector<LanguageModelOptions>& trained,
-                 const std::shared_ptr<const ByteText>& text) {
+                 const std::shared_ptr<const ByteText>& text, const Ranks& ranks) {
   if (o.minutes <= 0) return;
   constexpr int64_t kWarm = 3, kTimed = 8;
   constexpr double kForEvaluation = 0.92;  // of the time is left for steps
@@ -174,19 +175,20 @@ void fit_minutes(RunOptions& o, const std::vector<LanguageModelOptions>& trained
   probe.steps = kWarm + kTimed;
   double seconds = 0;
   for (const LanguageModelOptions& model : trained) {
-    Trainer trainer(make_model(model, o.training.seed), probe, text);
+    Trainer trainer(make_model(model, o.training.seed, ranks.layout()), probe, text);
     for (int64_t i = 0; i < kWarm; ++i) trainer.step();
     const auto start = std::chrono::steady_clock::now();
     for (int64_t i = 0; i < kTimed; ++i) trainer.step();
     seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / kTimed;
   }
+  seconds = ranks.of_first(seconds);
   o.training.steps = std::max<int64_t>(1, static_cast<int64_t>(o.minutes * 60 * kForEvaluation / seconds));
   o.tokens = o.training.steps * o.training.batch * o.model.context;
 }
 
-ByteLanguageModel make_model(const LanguageModelOptions& options, uint64_t seed) {
+ByteLanguageModel make_model(const LanguageModelOptions& options, uint64_t seed, const ParallelLayout& layout) {
   at::manual_seed(seed);
-  return ByteLanguageModel(options);
+  return ByteLanguageModel(options, layout);
 }
 
 }  // namespace turnout::cli

@@ -1,6 +1,7 @@
 // The options that `compare` and `train` share, and what follows from them.
 #pragma once
 
+#include <turnout/expert_parallel.h>
 #include <turnout/text.h>
 #include <turnout/training.h>
 #include <turnout/transformer.h>
@@ -59,9 +60,12 @@ void settle(RunOptions& options);
 /// Sets torch's threads, and `threads` to how many they are. @throws c10::ValueError
 void use_threads(RunOptions& options);
 
-/// Sets tokens so that all of `trained` together take options.minutes, by timing a few steps of throwaway copies.
+class Ranks;
+
+/// Sets tokens so that all of `trained` together take options.minutes, by timing a few steps of throwaway copies, on the
+/// first rank.
 void fit_minutes(RunOptions& options, const std::vector<LanguageModelOptions>& trained,
-                 const std::shared_ptr<const ByteText>& text);
+                 const std::shared_ptr<const ByteText>& text, const Ranks& ranks);
 
 /// The text of the options; by default the sources of Python's standard library.
 std::shared_ptr<const ByteText> load_text_of(RunOptions& options);
@@ -70,6 +74,6 @@ std::shared_ptr<const ByteText> load_text_of(RunOptions& options);
 void prepare_output(const std::string& folder);
 
 /// A model with weights drawn from the seed.
-ByteLanguageModel make_model(const LanguageModelOptions& options, uint64_t seed);
+ByteLanguageModel make_model(const LanguageModelOptions& options, uint64_t seed, const ParallelLayout& layout);
 
 }  // namespace turnout::cli

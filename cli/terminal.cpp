@@ -67,7 +67,8 @@ std::string short_number(double value) {
   return fmt::format("{:.0f}", value);
 }
 
-Progress::Progress(int64_t total) : total_(std::max<int64_t>(1, total)), terminal_(isatty(STDERR_FILENO) != 0) {
+Progress::Progress(int64_t total, bool shown)
+    : total_(std::max<int64_t>(1, total)), wanted_(shown), terminal_(isatty(STDERR_FILENO) != 0) {
   const char* no_color = std::getenv("NO_COLOR");
   color_ = terminal_ && (no_color == nullptr || *no_color == '\0');
 }
@@ -77,6 +78,7 @@ Progress::~Progress() {
 }
 
 bool Progress::due(int64_t done) const {
+  if (!wanted_) return false;
   if (first_ < 0 || done == total_) return true;
   return terminal_ ? Clock::now() - shown_ >= kRedraw : done * kPlainLines / total_ != last_part_;
 }

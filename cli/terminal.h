@@ -33,7 +33,8 @@ std::string short_number(double value);
 /// line every twentieth of the work.
 class Progress {
  public:
-  explicit Progress(int64_t total);
+  /// @param shown false: on the other ranks of a run, which show nothing
+  explicit Progress(int64_t total, bool shown = true);
   /// Removes the bar from the terminal.
   ~Progress();
   Progress(const Progress&) = delete;
@@ -46,6 +47,7 @@ class Progress {
  private:
   using Clock = std::chrono::steady_clock;
   int64_t total_;
+  bool wanted_;
   int64_t first_ = -1;  // steps done when the first update came: a resumed run does not begin at 0
   int64_t last_part_ = 0;
   bool terminal_;

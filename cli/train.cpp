@@ -1,5 +1,6 @@
 // `turnout train`: one model, with checkpoints that a killed run goes on from to the same bits.
 #include "commands.h"
+#include "ranks.h"
 #include "run_options.h"
 #include "terminal.h"
 
@@ -26,6 +27,7 @@ struct TrainOptions {
   std::string output = "runs/train";
   int64_t checkpoint_every = 200;
   bool resume = false;
+  RankOptions ranks;
 };
 
 // A path may hold any bytes, JSON only UTF-8: other bytes than ASCII are written %C3, as in an address.
@@ -57,21 +59,17 @@ std::vector<std::string> decoded(const std::vector<std::string>& texts) {
   return all;
 }
 
-std::string checkpoint_path(const TrainOptions& options) { return options.output + "/checkpoint.safetensors"; }
-
 std::string telemetry_path(const TrainOptions& options) { return options.output + "/telemetry.jsonl"; }
 
 // The telemetry goes first: a run that is killed in between finds lines too many, never too few.
-void save_checkpoint(const TrainOptions& options, const Trainer& trainer, const Telemetry& telemetry) {
-  write_file(telemetry_path(options), telemetry.jsonl());
-  TensorFile state = trainer.state();
+void save_run(const TrainOptions& options, const Trainer& trainer, const Telemetry& telemetry, const Ranks& ranks) {
+  if (ranks.first()) write_file(telemetry_path(options), telemetry.jsonl());
   const nlohmann::ordered_json program = {{"ffn", options.run.ffn},
                                           {"tokens", options.run.tokens},
                                           {"minutes", options.run.minutes},
                                           {"threads", options.run.threads},
                                           {"text", encoded(options.run.text)}};
-  state.metadata[kProgramKey] = program.dump();
-  save_tensors(checkpoint_path(options), state);
+  save_checkpoint(options.output, trainer, {{kProgramKey, program.dump()}});
 }
 
 RunOptions stored_options(const TensorFile& state, const std::string& path) {
@@ -95,21 +93,23 @@ RunOptions stored_options(const TensorFile& state, const std::string& path) {
 }
 
 void refuse_overwriting(const std::string& folder) {
-  for (const char* name : {"checkpoint.safetensors", "model.safetensors"})
-    if (std::error_code error; std::filesystem::exists(std::filesystem::path(folder) / name, error))
-      throw FileError(folder + "/" + name + ": is there already: go on with --resume, or give another --output");
+  std::vector<std::string> there = find_checkpoints(folder);
+  const std::string model = folder + "/model.safetensors";
+  if (std::error_code error; std::filesystem::exists(model, error)) there.push_back(model);
+  if (!there.empty())
+    throw FileError(there.front() + ": is there already: go on with --resume, or give another --output");
 }
 
-Telemetry telemetry_of(const TrainOptions& options, const Trainer& trainer) {
+Telemetry telemetry_of(const TrainOptions& options, const Trainer& trainer, const Ranks& ranks) {
   Telemetry telemetry(to_string(trainer.model->options.kind), trainer);
   const std::string path = telemetry_path(options);
-  if (std::error_code error; options.resume && std::filesystem::exists(path, error))
+  if (std::error_code error; options.resume && ranks.first() && std::filesystem::exists(path, error))
     telemetry.load(read_file(path, kLongestTelemetry), trainer.steps_done(), path);
   return telemetry;
 }
 
-void run_steps(const TrainOptions& options, Trainer& trainer, Telemetry& telemetry) {
-  Progress progress(trainer.options.steps);
+void run_steps(const TrainOptions& options, Trainer& trainer, Telemetry& telemetry, const Ranks& ranks) {
+  Progress progress(trainer.options.steps, ranks.first());
   const auto start = std::chrono::steady_clock::now();
   const int64_t first = trainer.steps_done();
   while (!trainer.done()) {
@@ -122,48 +122,58 @@ void run_steps(const TrainOptions& options, Trainer& trainer, Telemetry& telemet
       progress.update(report.step, fmt::format("{:.3f} bits/byte  {} tokens/s", report.bits_per_byte,
                                                short_number(tokens / seconds)));
     }
-    const bool stop = interrupted();
+    const bool stop = ranks.interrupted_anywhere();
     if (stop || trainer.done() || report.step % options.checkpoint_every == 0)
-      save_checkpoint(options, trainer, telemetry);
+      save_run(options, trainer, telemetry, ranks);
     if (stop && !trainer.done())
       throw Interrupted(fmt::format("stopped at step {} of {}; go on with --resume --output {}", report.step,
                                     trainer.options.steps, options.output));
   }
 }
 
+void describe(const RunOptions& run, const Trainer& trainer, const Ranks& ranks) {
+  fmt::print("{} parameters, {} active; FLOPs a token: {}\n", count_parameters(run.model).total,
+             count_parameters(run.model).active, to_string(flops_per_token(run.model)));
+  if (ranks.size() > 1)
+    fmt::print("{} ranks, experts on {} of them, {} times\n", ranks.size(), ranks.layout().experts.size,
+               ranks.layout().replicas.size);
+  fmt::print("steps {} to {} of {} x {} tokens\n", trainer.steps_done() + 1, run.training.steps, run.training.batch,
+             run.model.context);
+  std::fflush(stdout);
+}
+
 void train(TrainOptions& options, RunArguments& arguments) {
   TORCH_CHECK_VALUE(options.checkpoint_every >= 1, "--checkpoint-every is ", options.checkpoint_every,
                     ", expected 1 or more");
   RunOptions& run = options.run;
-  TensorFile state;
+  Ranks ranks(options.ranks);
+  Checkpoint checkpoint;
   if (options.resume) {
-    state = load_tensors(checkpoint_path(options));
-    RunOptions stored = stored_options(state, checkpoint_path(options));
-    arguments.refuse_differences(stored, checkpoint_path(options));
+    checkpoint = open_checkpoint(options.output);
+    RunOptions stored = stored_options(checkpoint.state, checkpoint.path);
+    arguments.refuse_differences(stored, checkpoint.path);
     run = stored;
     use_threads(run);
   } else {
-    refuse_overwriting(options.output);
+    if (ranks.first()) refuse_overwriting(options.output);
     settle(run);
   }
   const std::shared_ptr<const ByteText> text = load_text_of(run);
-  prepare_output(options.output);
-  if (!options.resume) fit_minutes(run, {run.model}, text);
-  Trainer trainer(make_model(run.model, run.training.seed), run.training, text);
-  if (options.resume) trainer.load_state(state, checkpoint_path(options));
-  state = {};
-  Telemetry telemetry = telemetry_of(options, trainer);
-  fmt::print("{} parameters, {} active; FLOPs a token: {}\n", count_parameters(run.model).total,
-             count_parameters(run.model).active, to_string(flops_per_token(run.model)));
-  fmt::print("steps {} to {} of {} x {} tokens\n", trainer.steps_done() + 1, run.training.steps, run.training.batch,
-             run.model.context);
-  std::fflush(stdout);
+  if (ranks.first()) prepare_output(options.output);
+  ranks.check_same(run, *text);
+  if (!options.resume) fit_minutes(run, {run.model}, text, ranks);
+  Trainer trainer(make_model(run.model, run.training.seed, ranks.layout()), run.training, text);
+  if (options.resume) trainer.load_state(checkpoint.state, checkpoint.path);
+  checkpoint = {};
+  Telemetry telemetry = telemetry_of(options, trainer, ranks);
+  if (ranks.first()) describe(run, trainer, ranks);
   catch_interrupts();
-  run_steps(options, trainer, telemetry);
+  run_steps(options, trainer, telemetry, ranks);
   const double bits = trainer.evaluate();
   save_model(trainer.model, options.output);
-  fmt::print("held-out text: {:.4f} bits a byte\nWritten: {}/model.safetensors, config.json, telemetry.jsonl\n", bits,
-             options.output);
+  if (ranks.first())
+    fmt::print("held-out text: {:.4f} bits a byte\nWritten: {}/model.safetensors, config.json, telemetry.jsonl\n", bits,
+               options.output);
 }
 
 }  // namespace
@@ -176,11 +186,13 @@ void add_train(CLI::App& program) {
   app->add_option("--checkpoint-every", options->checkpoint_every, "Steps between checkpoints")->capture_default_str();
   app->add_flag("--resume", options->resume,
                 "Go on from the checkpoint in the output folder, with its options; one given anew must equal its own");
+  add_rank_options(*app, options->ranks);
   app->footer(
       "Examples:\n"
       "  turnout train --output runs/mine --tokens 5000000\n"
       "  turnout train --output runs/mine --resume\n"
-      "  turnout train --kind dense --output runs/dense      the dense model of equal FLOPs");
+      "  turnout train --kind dense --output runs/dense      the dense model of equal FLOPs\n"
+      "  torchrun --no-python --nproc-per-node 2 turnout train --output runs/two");
   app->callback([options, arguments] { train(*options, *arguments); });
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <turnout/exchange.h>
+#include <turnout/hierarchical_moe.h>
 #include <turnout/moe.h>
 
 #include <torch/nn/module.h>
@@ -9,7 +10,9 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
+#include <string>
 #include <vector>
 
 namespace turnout {
@@ -20,7 +23,8 @@ struct ParallelLayout {
   Group all{};       ///< every rank: what is no expert, and the joined batch
   Group experts{};   ///< ranks that hold one set of experts together; neighbours, so mostly of one machine
   Group replicas{};  ///< ranks that hold the same experts
-  int64_t chunks = 1;  ///< pieces that an exchange is cut into, so that it overlaps with the experts
+  int64_t chunks = 1;        ///< pieces that an exchange is cut into, so that it overlaps with the experts
+  bool joined_batch = true;  ///< capacity and losses are those of the batch of all ranks; false: of each rank's own
 };
 
 /// @param expert_ranks ranks that hold one set of experts, a divisor of the world's size; 0 = all
@@ -61,6 +65,13 @@ TORCH_MODULE(ExpertParallel);
 /// An MoE layer whose experts lie on the ranks of the layout: the same gate and experts that MoE(options) draws from
 /// the same random state on one process.
 MoE expert_parallel_moe(const MoEOptions& options, const ParallelLayout& layout);
+
+/// The same for two levels: the outer groups of experts lie on the ranks, whole. Capacity and losses are those of each
+/// sequence, so the ranks' batches need no joining.
+HierarchicalMoE expert_parallel_moe(const HierarchicalMoEOptions& options, const ParallelLayout& layout);
+
+/// Parameters that are a part of a bank, by name, with the part that this rank holds.
+std::map<std::string, ExpertRange> parts_of_banks(const torch::nn::Module& module);
 
 /// Makes gradients those of the mean of all ranks' losses: sums them over the ranks that hold a parameter (experts:
 /// over their replicas, the rows of other ranks are in them already), and divides by the number of ranks.

@@ -11,13 +11,16 @@
 
 namespace turnout {
 
-/// Non-linearity between the two products. The gated ones compute act(gate) · up.
-enum class Activation { relu, gelu, gelu_tanh, silu, swiglu, geglu };
+/// Non-linearity between the two products. The gated ones, the last three, compute act(gate) · up.
+///
+/// gelu and geglu are exact (erf). swiglu_clamped, of GPT-OSS: g · σ(1.702 · g) · (v + 1) with g = min(gate, 7) and v = up
+/// within [−7, 7]; without gradient beyond the clamps.
+enum class Activation { relu, gelu, gelu_tanh, silu, swiglu, geglu, swiglu_clamped };
 
-/// @throws c10::ValueError naming the word when it is not one of the six enumerators
+/// @throws c10::ValueError naming the word when it is not one of the enumerators
 Activation parse_activation(const std::string& name);
 std::string to_string(Activation activation);
-/// swiglu and geglu: `up` holds 2 · ffn rows an expert, gate rows first (the Hugging Face layout)
+/// swiglu, geglu and swiglu_clamped: `up` holds 2 · ffn rows an expert, gate rows first (the Hugging Face layout)
 bool is_gated(Activation activation);
 
 /// Weights of all experts: each field one bank tensor, or one tensor an expert (each with its own gradient).
@@ -31,10 +34,13 @@ struct ExpertWeights {
 
 /// y[t] = Σ_k topk_weights[t, k] · (down_e · act(up_e · x[t] + up_bias_e) + down_bias_e), e = topk_ids[t, k].
 ///
-/// The weight is applied after down (Hugging Face). Sums over k run in order of choice.
+/// Sums over k run in order of choice.
 /// @param x [tokens, hidden] float32, float64, bfloat16 or float16; weights and biases of the same type
 /// @param topk_weights [tokens, top_k] float32, or x's type
 /// @param plan of the same tokens; choices that are not sent add nothing
+/// @param weight_before_down apply the weight to act(…) and to the bias of down (Megatron), not to the expert's output
+///   (Hugging Face): the same but for rounding, as in bfloat16, where act(…) is rounded with its weight. Gradients are
+///   those of the same function, to the same bits.
 /// @return [tokens, hidden] of x's type
 /// @throws c10::ValueError or c10::TypeError naming the argument, what it got and what it expected
 /// Cost 2 · rows · hidden · (U + ffn) multiply-adds, plus the pre-activations kept for the backward.
@@ -42,11 +48,11 @@ struct ExpertWeights {
 /// Deterministic: the same bits from run to run, and in float32 and bfloat16 on the CPU at any number of threads. A NaN or
 /// Inf token harms only itself.
 at::Tensor experts(const at::Tensor& x, const at::Tensor& topk_weights, const DispatchPlan& plan,
-                   const ExpertWeights& weights, Activation activation);
+                   const ExpertWeights& weights, Activation activation, bool weight_before_down = false);
 
 /// plan() and experts() in one call. @param topk_ids [tokens, top_k] int32 or int64; -1 = not sent
 at::Tensor fused_experts(const at::Tensor& x, const at::Tensor& topk_ids, const at::Tensor& topk_weights,
-                         const ExpertWeights& weights, Activation activation);
+                         const ExpertWeights& weights, Activation activation, bool weight_before_down = false);
 
 /// A snapshot of the weights of all experts, owned, for inference. Later changes of the weights do not reach it.
 struct PackedExperts {
@@ -73,7 +79,7 @@ PackedExperts prepack(const ExpertWeights& weights, Activation activation);
 /// @throws c10::ValueError when `packed` was made for another kernel (as on another machine), type or size, or is not
 ///   aligned to 64 bytes; c10::Error when a gradient is asked
 at::Tensor fused_experts(const at::Tensor& x, const at::Tensor& topk_ids, const at::Tensor& topk_weights,
-                         const PackedExperts& packed);
+                         const PackedExperts& packed, bool weight_before_down = false);
 
 /// The same feed-forward network for every row (one expert, weight 1): the dense twin and shared experts.
 ///

@@ -6,6 +6,7 @@
 #include <turnout/experts.h>
 #include <turnout/plan.h>
 #include <turnout/router.h>
+#include <turnout/world.h>
 
 #include <torch/nn/module.h>
 #include <torch/nn/modules/container/any.h>
@@ -72,6 +73,9 @@ class FeedForwardBankImpl : public ExpertsModule {
   FeedForwardBankImpl(FeedForwardOptions options, int64_t num_experts);
   /// The experts of a range alone, with the weights that they have in the whole bank drawn from the same random state.
   FeedForwardBankImpl(FeedForwardOptions options, ExpertRange range);
+  /// Takes banks that are there: they become the parameters, without a copy.
+  /// @throws c10::ValueError for sizes below 1, separate experts, or shapes and biases that are not those of the options
+  FeedForwardBankImpl(FeedForwardOptions options, const ExpertWeights& banks);
   at::Tensor forward(const at::Tensor& x, const at::Tensor& topk_weights, const DispatchPlan& plan) override;
   int64_t num_experts() const override { return up.size(0); }
   ExpertWeights weights() const;
@@ -114,6 +118,9 @@ struct MoEOptions {
   bool gate_bias = false;
   RouterOptions router{};
   bool selection_bias = false;  ///< choose by score + a bias that no gradient moves (update_selection_bias)
+  double jitter = 0.0;          ///< in training the router's input is x · uniform(1 ± jitter)
+  bool jitter_experts = false;  ///< the experts see that input too (Mixtral in transformers)
+  bool noisy = false;           ///< in training logits + noise · softplus(noise_gate(x)) (Shazeer)
   CapacityOptions capacity{};
   LoadCount load_count = LoadCount::per_assignment;
   double balance_coefficient = 1e-2;  ///< 0: the loss is not computed
@@ -132,8 +139,11 @@ struct MoEOutput {
   at::Tensor z_loss;        ///< scalar before its coefficient; undefined where that is 0
 };
 
-/// gate → route → losses → capacity → plan → experts, + shared experts. Parameters: gate.*, experts.*, shared.*,
-/// shared_gate.weight [1, hidden]. Buffer: selection_bias [experts] float32, zeros at first.
+/// gate → route → losses → capacity → plan → experts, + shared experts.
+///
+/// The gate computes in the type of its own weights, under autocast too: gate->to(at::kFloat) keeps the router of a
+/// bfloat16 layer in float32 (DeepSeek, Switch). Parameters: gate.*, experts.*, shared.*, shared_gate.weight
+/// [1, hidden], noise_gate.weight [experts, hidden]. Buffer: selection_bias [experts] float32, zeros at first.
 class MoEImpl : public torch::nn::Module {
  public:
   /// A gate without bias (options.gate_bias) and a bank of feed-forward experts.
@@ -144,17 +154,30 @@ class MoEImpl : public torch::nn::Module {
   MoEImpl(MoEOptions options, torch::nn::AnyModule gate, std::shared_ptr<ExpertsModule> experts);
 
   /// x [..., hidden]; for capacity per sequence [..., sequence, hidden]. No tokens: an empty output, losses of 0.
-  MoEOutput forward(const at::Tensor& x);
+  /// @param token_mask x's shape without hidden, bool, or undefined; false: padding, which takes no place, counts in no
+  ///        loss and gets zero from the routed experts
+  MoEOutput forward(const at::Tensor& x, const at::Tensor& token_mask = {});
+
+  /// From now on capacity and losses are those of the joined batch of these ranks, whose tokens stand in order of rank;
+  /// places by sequence stay as they are. Every rank calls forward() then, also without tokens. The mean of the ranks'
+  /// aux_loss is that of the joined batch, and so is the mean of their gradients (average_gradients()). To drop at random
+  /// the ranks follow the random numbers of the first. Limiting capacity gathers the ids and weights of all ranks.
+  void join(const Group& ranks) { joined_ = ranks; }
 
   const MoEOptions options;
   torch::nn::AnyModule gate;
   std::shared_ptr<ExpertsModule> experts;
   FeedForward shared{nullptr};             ///< none where options.shared.ffn is 0
   torch::nn::Linear shared_gate{nullptr};  ///< hidden → 1 without bias; none where it is not gated
+  torch::nn::Linear noise_gate{nullptr};   ///< hidden → experts without bias, zeros at first; none where not noisy
   at::Tensor selection_bias;               ///< undefined where options.selection_bias is false
 
  private:
   void register_modules();
+  at::Tensor logits_of(const at::Tensor& x_TD);
+  Capped limit(const Routing& routing, const at::Tensor& x) const;
+
+  Group joined_{};
 };
 TORCH_MODULE(MoE);
 

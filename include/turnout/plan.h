@@ -10,11 +10,11 @@
 
 namespace turnout {
 
-/// Rows grouped by expert. Shapes are static (rows = tokens · top_k), so that compiled graphs keep them; the live
-/// rows come first. Immutable.
+/// Rows grouped by expert. Shapes are static, so that compiled graphs keep them: tokens · top_k rows, or as many as experts
+/// pick (route_expert_choice); the live rows come first. Immutable.
 struct DispatchPlan {
   at::Tensor expert_offsets;  ///< [experts + 1] int64: rows of expert e are [offsets[e], offsets[e + 1]); the last is the live rows
-  at::Tensor token_of_row;    ///< [tokens · top_k] int64; -1 behind the live rows
+  at::Tensor token_of_row;    ///< [rows] int64; -1 behind the live rows
   at::Tensor row_of_choice;   ///< [tokens, top_k] int64; -1 = not sent
 
   int64_t num_experts() const { return expert_offsets.size(0) - 1; }
@@ -35,7 +35,7 @@ enum class DropOrder {
   choice,    ///< all first choices before any second one, each by position (GShard, tensor2tensor; seeds 001, 004)
   position,  ///< by token position, whatever the rank of the choice (Megatron, DeepSpeed)
   score,     ///< larger routing weight first, ties by position (batch-prioritised, arXiv:2106.05974)
-  random,    ///< a random order from torch's default generator
+  random,    ///< a random order: torch's default generator, or numbers given (limit_capacity's priority)
 };
 
 /// @throws c10::ValueError naming the word when it is not one of the four enumerators
@@ -46,7 +46,12 @@ std::string to_string(DropOrder order);
 enum class CapacityRounding {
   ceil,   ///< Megatron, DeepSpeed, seed 001
   floor,  ///< MegaBlocks, tensor2tensor, seed 004
+  share,  ///< top_k · ⌊factor · ⌈tokens / experts⌉⌋: an expert's even share is made whole first (Tutel)
 };
+
+/// @throws c10::ValueError naming the word when it is not one of the three enumerators
+CapacityRounding parse_capacity_rounding(const std::string& name);
+std::string to_string(CapacityRounding rounding);
 
 /// Places an expert has. Dropless by default.
 struct CapacityOptions {
@@ -83,8 +88,16 @@ struct Capped {
 
 /// Drops the choices that find no place among `capacity` in their expert and group.
 ///
+/// @param renormalize divide the kept weights of a token by their sum; without it weights stay as they were before
+///        drops, which is what normalising first gives
+/// @param priority [tokens, top_k], or undefined: what DropOrder::score and ::random rank by, larger first, in place of
+///        the weights or of new random numbers (drawn from a generator of one's own, drops repeat)
 /// Gradient: to topk_weights of what is kept. Deterministic (for DropOrder::random: given the generator's state).
 Capped limit_capacity(const Routing& routing, int64_t num_experts, int64_t capacity, int64_t group_size,
-                      DropOrder order = DropOrder::choice, bool renormalize = false);
+                      DropOrder order = DropOrder::choice, bool renormalize = false, const at::Tensor& priority = {});
+
+/// expert_capacity() and limit_capacity() in one call. @param group_size tokens of a group: those of a sequence where
+///   options.per_sequence is set, else all tokens of the routing. Dropless options, and no tokens: nothing is dropped.
+Capped apply_capacity(const Routing& routing, int64_t num_experts, int64_t group_size, const CapacityOptions& options);
 
 }  // namespace turnout

@@ -10,8 +10,9 @@ namespace turnout {
 
 /// Decodes MXFP4 (GPT-OSS): numbers of 4 bits, of which 32 share one power of two.
 ///
-/// value = E2M1 · 2^(scale − 127); E2M1 is one of ±{0, 0.5, 1, 1.5, 2, 3, 4, 6}, the low nibble of a byte before its high
-/// one. A scale of 255 is NaN, as the format has it. Every other value is exact in both types, beyond their range Inf.
+/// value = E2M1 · 2^(scale − 127); E2M1 is one of ±{0, 0.5, 1, 1.5, 2, 3, 4, 6}, the low nibble of a byte before its
+/// high one. A scale of 255 is NaN, as the format has it. Every other value is exact in both types, beyond their range
+/// Inf.
 /// @param blocks [..., groups, 16] uint8, at least two axes
 /// @param scales [..., groups] uint8 or float8_e8m0fnu
 /// @param type bfloat16 or float32

@@ -1,4 +1,4 @@
-// Statistics: what a router did with a batch, in numbers to watch while it trains.
+// Statistics of a routing: how even the load is, what was dropped, how sure the router is.
 #pragma once
 
 #include <turnout/plan.h>
@@ -6,31 +6,24 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <cstdint>
-
 namespace turnout {
 
-/// One batch through one router.
+/// Scalars of one call, on the routing's device: reading a value waits for it, computing does not.
 struct RoutingStatistics {
-  at::Tensor tokens_per_expert;  ///< [experts] int64, on the CPU: rows that each expert got
-  int64_t choices = 0;           ///< tokens · top_k
-  int64_t dropped = 0;           ///< choices that found no place
-  int64_t dead_experts = 0;      ///< experts without a row
-  double max_over_mean = 0;      ///< rows of the fullest expert / mean rows: 1 = balanced, at most experts; 0 without rows
-  double entropy = 0;            ///< mean over tokens, in nats: 0 = certain, log(experts) = undecided; 0 without tokens
-  double logit_rms = 0;          ///< root of the mean square of the logits; 0 where they are not given
-  double logit_max = 0;          ///< largest absolute logit; 0 where they are not given
+  at::Tensor tokens_per_expert;  ///< [experts] int64, after capacity: rows of the plan
+  at::Tensor dropped_share;      ///< dropped choices / (sent + dropped); 0 where there are none
+  at::Tensor max_over_mean;      ///< load of the fullest expert over the mean load: 1 when even; 0 without rows
+  at::Tensor entropy;            ///< mean over tokens of −Σ p ln p, in nats: 0 certain, ln(experts) undecided
+  at::Tensor dead_experts;       ///< int64: experts without a row
 };
 
-/// Counts and means over what the router decided; nothing is routed again.
+/// Loads come from the plan's offsets, so only the entropy passes over anything.
 ///
-/// @param routing after capacity. The entropy is that of scores divided by their sum over the experts
-/// @param plan of the same choices
-/// @param dropped scalar, as limit_capacity() counts it; undefined: none
-/// @param logits [tokens, experts] or undefined
-/// @throws c10::ValueError when the shapes do not belong together
-/// Cost: a few passes over scores and logits; waits for the device. Gradient: none.
+/// @param routing scores are read
+/// @param dropped scalar (Capped::dropped, MoEOutput::dropped), or undefined: 0
+/// @param token_mask [tokens] bool, or undefined; false: padding, out of the entropy
+/// @return float32 scalars (float64 for float64 scores) where not said otherwise. Gradient: none.
 RoutingStatistics routing_statistics(const Routing& routing, const DispatchPlan& plan, const at::Tensor& dropped = {},
-                                     const at::Tensor& logits = {});
+                                     const at::Tensor& token_mask = {});
 
 }  // namespace turnout

@@ -7,6 +7,7 @@
 #include <turnout/transformer.h>
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -53,7 +54,9 @@ class DivergenceError : public std::runtime_error {
 /// What the router of one sparse layer did in a step.
 struct LayerReport {
   int64_t layer = 0;  ///< of the model, from 0
-  RoutingStatistics statistics;
+  RoutingStatistics statistics;        ///< of this rank's tokens, where there are several
+  double logit_rms = 0;                ///< root of the mean square of the gate's logits
+  double logit_max = 0;                ///< largest absolute one
   std::optional<double> balance_loss;  ///< before its coefficient; none where that is 0
   std::optional<double> z_loss;        ///< before its coefficient; none where that is 0
 };
@@ -75,9 +78,13 @@ struct StepReport {
 /// Batches are a function of (seed, step) alone, and routing that draws is seeded by them as well (which then sets
 /// torch's default generators at each step): a resumed run needs no random state and reaches the bits of an unbroken
 /// one, at one thread count. Parameters are float32.
+///
+/// A model on several ranks (model->layout): each rank has a Trainer with the same options and text, and every call is
+/// made on all of them. A batch is cut into equal parts; reports, norms and evaluations are those of the whole.
 class Trainer {
  public:
-  /// @throws c10::ValueError when options are impossible or a part of the text is not longer than the context
+  /// @throws c10::ValueError when options are impossible, a part of the text is not longer than the context, or the
+  ///         batch is no multiple of the ranks
   Trainer(ByteLanguageModel model, TrainingOptions options, std::shared_ptr<const ByteText> text);
 
   /// Forward, backward, update.
@@ -94,11 +101,11 @@ class Trainer {
   int64_t tokens_per_step() const { return options.batch * model->options.context; }
 
   /// Model, optimizer, step and options as one file's content, so that one rename replaces a checkpoint whole.
-  /// Shares memory with the trainer.
+  /// Shares memory with the trainer. On several ranks: what this one has to write, experts one by one as NAME#NUMBER.
   TensorFile state() const;
   /// @param source how to call where it came from, such as a file's path
   /// @throws FileError when it was made with other options, another text, does not fit the model, or holds
-  ///         numbers that are not finite
+  ///         numbers that are not finite. The number of ranks that made it does not matter
   void load_state(const TensorFile& state, const std::string& source);
 
   const TrainingOptions options;
@@ -108,11 +115,15 @@ class Trainer {
   struct Group {  // parameters that share a weight decay
     std::vector<std::string> names;
     std::vector<at::Tensor> parameters, averages, square_averages, steps;
+    std::vector<bool> in_parts;  ///< this rank holds some experts of them
     double weight_decay = 0;
   };
 
   at::Tensor batch(int64_t step) const;
+  void join(StepReport& report) const;
+  double gradient_norm(const std::vector<std::vector<at::Tensor>>& gradients) const;
   std::map<std::string, at::Tensor> optimizer_tensors() const;
+  std::map<std::string, ExpertRange> parts_in_state() const;
   double clip_and_update();
   void refuse_divergence(const at::Tensor& tokens, double loss);
   [[noreturn]] void refuse_gradient(double norm) const;
@@ -121,6 +132,25 @@ class Trainer {
   std::vector<Group> groups_;
   int64_t steps_done_ = 0;
 };
+
+/// Writes a trainer's state under a folder. A kill at any moment leaves the newest whole one; older ones are removed.
+///
+/// One rank: FOLDER/checkpoint.safetensors. Several, on one file system: FOLDER/checkpoint-STEP/, a shard of each rank
+/// that holds something of its own, and the index last.
+/// @param metadata to put beside the trainer's own
+/// @throws FileError, on every rank when one cannot write
+void save_checkpoint(const std::string& folder, const Trainer& trainer,
+                     const std::map<std::string, std::string>& metadata = {});
+
+/// The newest whole checkpoint of a folder, mapped into memory, for any number of ranks.
+struct Checkpoint {
+  TensorFile state{};
+  std::string path{};
+};
+/// @throws FileError when there is none
+Checkpoint open_checkpoint(const std::string& folder);
+/// Paths of whole checkpoints in a folder, oldest step first.
+std::vector<std::string> find_checkpoints(const std::string& folder);
 
 /// Options that a trainer's state was made with.
 struct StateOptions {

@@ -1,6 +1,7 @@
 // A small byte-level language model whose feed-forward blocks are dense, MoE or a blend, chosen per layer.
 #pragma once
 
+#include <turnout/expert_parallel.h>
 #include <turnout/moe.h>
 
 #include <torch/nn/module.h>
@@ -113,7 +114,7 @@ TORCH_MODULE(CausalAttention);
 /// x + attention(norm(x)), then + feed-forward(norm(x)).
 class TransformerBlockImpl : public torch::nn::Module {
  public:
-  TransformerBlockImpl(const LanguageModelOptions& options, int64_t layer);
+  TransformerBlockImpl(const LanguageModelOptions& options, int64_t layer, const ParallelLayout& layout = {});
   /// x [batch, sequence, hidden] → the same shape
   /// @param report receives what the MoE layer did; none where the block is dense
   at::Tensor forward(const at::Tensor& x, std::optional<MoEOutput>* report = nullptr);
@@ -135,17 +136,20 @@ TORCH_MODULE(TransformerBlock);
 /// capacity, which is shared by the tokens of a call.
 class ByteLanguageModelImpl : public torch::nn::Module {
  public:
+  /// @param layout ranks that share the model: experts lie on them, everything else stands on each, with the weights
+  ///        that one process draws from the same random state. forward() then takes this rank's part of the batch.
   /// @throws c10::ValueError as check() does
-  explicit ByteLanguageModelImpl(LanguageModelOptions options);
+  explicit ByteLanguageModelImpl(LanguageModelOptions options, ParallelLayout layout = {});
 
   /// @param tokens [batch, sequence] int64 in [0, vocabulary), sequence in 1 … context
   /// @throws c10::ValueError or c10::TypeError naming what it got and what it expected
   LanguageModelOutput forward(const at::Tensor& tokens);
 
-  /// Where a NaN or Inf first appears for these tokens: "embedding", "layer 2", "head", or "" where nowhere.
+  /// Where a NaN or Inf first appears for these tokens, of all ranks: "embedding", "layer 2", "head", or "" where nowhere.
   std::string first_non_finite(const at::Tensor& tokens);
 
   const LanguageModelOptions options;
+  const ParallelLayout layout;
   torch::nn::Embedding embedding{nullptr};
   std::vector<TransformerBlock> blocks;
   torch::nn::LayerNorm norm{nullptr};
@@ -158,7 +162,8 @@ class ByteLanguageModelImpl : public torch::nn::Module {
 TORCH_MODULE(ByteLanguageModel);
 
 /// Writes FOLDER/config.json and FOLDER/model.safetensors, each atomically; the options stand in both, so that a pair
-/// torn by a crash between the two is noticed. @throws FileError
+/// torn by a crash between the two is noticed. Of a model on several ranks, all of which call it, the first writes the
+/// whole. @throws FileError
 void save_model(ByteLanguageModel model, const std::string& folder);
 
 /// @throws FileError naming the file that is missing, foreign or does not fit its config.json

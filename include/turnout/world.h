@@ -35,7 +35,7 @@ struct WorldOptions {
   int64_t port = 29500;
   bool launcher_holds_store = false;     ///< torchrun's agent holds it; else rank 0 does
   std::string attempt = "0";             ///< restarts of a run do not see each other's keys
-  std::string backend = "gloo";          ///< gloo on the CPU, nccl where the build links CUDA
+  std::string backend = "gloo";          ///< gloo: tensors on the CPU; nccl: those on CUDA devices as well
   std::chrono::milliseconds timeout{60'000};  ///< of each operation and of the meeting
 };
 

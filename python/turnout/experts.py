@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .ops import DispatchPlan
 
-Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu"]
-GATED: tuple[Activation, ...] = ("swiglu", "geglu")
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "swiglu_clamped"]
+GATED: tuple[Activation, ...] = ("swiglu", "geglu", "swiglu_clamped")
 """Activations whose `up` holds gate rows, then up rows."""
 Weights = Tensor | Sequence[Tensor]
 
@@ -46,17 +46,21 @@ def fused_experts(
     up_bias: Weights | None = None,
     down_bias: Weights | None = None,
     recompute: bool = False,
+    weight_before_down: bool = False,
 ) -> Tensor:
     """y[t] = Σ_k topk_weights[t, k] · (down_e · act(up_e · x[t] + up_bias_e) + down_bias_e), e = topk_ids[t, k].
 
     x: [tokens, hidden] float32, float64, bfloat16 or float16; all weights and biases of the same type
     topk_ids: [tokens, top_k] int32 or int64; -1 = not sent, adds nothing. Or the plan() of them, where there is one
-    topk_weights: [tokens, top_k] float32, or x's type; applied after down (the Hugging Face order)
-    up: [experts, ffn, hidden]; for swiglu and geglu [experts, 2·ffn, hidden], gate rows first. A list of one tensor
-      an expert does as well and is never stacked. Or what prepack() returned, which stands in for all weights, biases
-      and the activation
+    topk_weights: [tokens, top_k] float32, or x's type
+    up: [experts, ffn, hidden]; for the gated activations (swiglu, geglu, swiglu_clamped) [experts, 2·ffn, hidden], gate
+      rows first. A list of one tensor an expert does as well and is never stacked. Or what prepack() returned, which
+      stands in for all weights, biases and the activation
+    activation: swiglu_clamped is GPT-OSS's, g·σ(1.702·g)·(v + 1) with g = min(gate, 7) and v = up within ±7
     down: [experts, hidden, ffn], or a list; up_bias: [experts, rows of up]; down_bias: [experts, hidden]
     recompute: keep no pre-activations for the backward; it computes them anew
+    weight_before_down: apply topk_weights to act(…) and down_bias (Megatron), not to the expert's output (Hugging
+      Face): the same but for rounding
 
     Returns [tokens, hidden] of x's type; tokens that are not sent get zeros.
     Raises ValueError or TypeError that names the argument; RuntimeError when a gradient is asked of packed weights.
@@ -69,8 +73,9 @@ def fused_experts(
         if up.data is not None:
             plan = topk_ids if isinstance(topk_ids, DispatchPlan) else torch.ops.turnout.plan(topk_ids, up.num_experts)
             return torch.ops.turnout.experts_packed(
-                x, topk_weights, *plan, up.data, up.layout, up.ffn, up.up_bias, up.down_bias, up.activation
-            )
+                x, topk_weights, *plan, up.data, up.layout, up.ffn, up.up_bias, up.down_bias, up.activation,
+                weight_before_down,
+            )  # fmt: skip
         weights = (up.up, up.down, up.up_bias, up.down_bias)
         activation = up.activation
     else:
@@ -81,9 +86,10 @@ def fused_experts(
             )
         weights = (_as_list("up", up), _as_list("down", down), _as_list("up_bias", up_bias),
                    _as_list("down_bias", down_bias))  # fmt: skip
+    options = (activation, recompute, weight_before_down)
     if isinstance(topk_ids, DispatchPlan):
-        return torch.ops.turnout.experts(x, topk_weights, *topk_ids, *weights, activation, recompute)
-    return torch.ops.turnout.fused_experts(x, topk_ids, topk_weights, *weights, activation, recompute)
+        return torch.ops.turnout.experts(x, topk_weights, *topk_ids, *weights, *options)
+    return torch.ops.turnout.fused_experts(x, topk_ids, topk_weights, *weights, *options)
 
 
 def prepack(

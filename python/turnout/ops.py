@@ -16,9 +16,8 @@ ScoreFunction = Literal["softmax", "sigmoid"]
 GroupMask = Literal["minus_infinity", "zero"]
 RouterPrecision = Literal["float32", "logits"]
 SecondPolicy = Literal["all", "none", "threshold", "random"]
-LoadCount = Literal["per_assignment", "per_token", "first_choice"]
 DropOrder = Literal["choice", "position", "score", "random"]
-CapacityRounding = Literal["ceil", "floor"]
+CapacityRounding = Literal["ceil", "floor", "share"]
 
 _ops = torch.ops.turnout
 
@@ -207,26 +206,6 @@ def route_top2(
     return Top2Routing(*_ops.route_top2(logits, policy, threshold, epsilon, importance, uniform))
 
 
-def balance_loss(
-    scores: Tensor, topk_ids: Tensor, count: LoadCount = "per_assignment", group_size: int = 0
-) -> Tensor:
-    """E · Σ f_i · P_i, a scalar: P_i is the mean probability of expert i, f_i its load.
-
-    scores: [T, E]; topk_ids: [T, K] before capacity, -1 counts nowhere
-    count: f = assignments / (T · K) (per_assignment; 1 when balanced), assignments / T (per_token; K when balanced),
-      or first choices / T (first_choice; 1 when balanced)
-    group_size: tokens over which f and P take their means; the loss is the mean over groups. 0 = all in one group
-
-    0 without tokens. Gradient: to scores through P; f is a count and has none.
-    """
-    return _ops.balance_loss(scores, topk_ids, count, group_size)
-
-
-def z_loss(logits: Tensor) -> Tensor:
-    """mean(logsumexp(logits)²) of logits [T, E], a scalar; 0 without tokens. Source: ST-MoE, arXiv:2202.08906."""
-    return _ops.z_loss(logits)
-
-
 def plan(topk_ids: Tensor, num_experts: int) -> DispatchPlan:
     """Groups routed rows by expert, stable in token order; R = T · K, live rows first.
 
@@ -262,7 +241,8 @@ def expert_capacity(
     """Places of each expert for a group of tokens.
 
     `fixed` when above 0; else max(minimum, min(group_tokens, rounded)) of factor · group_tokens · top_k / num_experts
-    (without top_k when count_choices is false); group_tokens when both are 0, so that nothing drops. At least 1.
+    (without top_k when count_choices is false), or of top_k · ⌊factor · ⌈group_tokens / num_experts⌉⌋ (share, Tutel);
+    group_tokens when both are 0, so that nothing drops. At least 1.
     Compiled graphs take it as a number; a number of tokens that they keep symbolic breaks the graph here.
     """
     return _ops.expert_capacity(factor, fixed, minimum, rounding, count_choices, group_tokens, top_k, num_experts)
@@ -276,13 +256,51 @@ def limit_capacity(
     group_size: int,
     order: DropOrder = "choice",
     renormalize: bool = False,
+    priority: Tensor | None = None,
 ) -> Capped:
     """Drops the choices that find no place among `capacity` in their expert and group of group_size tokens.
 
     renormalize: divide the kept weights of a token by their sum. Gradient: to the topk_weights that are kept.
+    priority: [T, K]: what the orders score and random rank by, larger first, in place of the weights or of new random
+      numbers: `torch.rand(…, generator=g)` makes random drops repeat
     """
     return Capped(
-        *_ops.limit_capacity(topk_ids, topk_weights, num_experts, capacity, group_size, order, renormalize)
+        *_ops.limit_capacity(topk_ids, topk_weights, num_experts, capacity, group_size, order, renormalize, priority)
+    )
+
+
+def apply_capacity(
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    num_experts: int,
+    group_size: int,
+    *,
+    factor: float = 0.0,
+    fixed: int = 0,
+    minimum: int = 0,
+    rounding: CapacityRounding = "ceil",
+    count_choices: bool = True,
+    order: DropOrder = "choice",
+    renormalize: bool = False,
+) -> Capped:
+    """expert_capacity() and limit_capacity() in one op. No factor and no fixed number: nothing is dropped.
+
+    A compiled graph holds for one group_size and is made anew for another, without a break.
+    """
+    return Capped(
+        *_ops.apply_capacity(
+            topk_ids,
+            topk_weights,
+            num_experts,
+            group_size,
+            factor=factor,
+            fixed=fixed,
+            minimum=minimum,
+            rounding=rounding,
+            count_choices=count_choices,
+            order=order,
+            renormalize=renormalize,
+        )
     )
 
 
@@ -348,7 +366,7 @@ def feed_forward(
 ) -> Tensor:
     """The same feed-forward network for every row of x [..., D]: the dense twin of an expert, and shared experts.
 
-    up: [F, D], or [2·F, D] for swiglu and geglu, gate rows first; down: [D, F]; up_bias: rows of up; down_bias: [D]
+    up: [F, D], or [2·F, D] for gated activations, gate rows first; down: [D, F]; up_bias: rows of up; down_bias: [D]
     Gradient: to all tensors, once (double backward is refused).
     """
     return _ops.feed_forward(x, up, down, up_bias, down_bias, activation)

@@ -1,8 +1,8 @@
 // Reads a safetensors header event by event: the first thing that is out of place ends it, however long the rest is.
 #include "checkpoint/safetensors_header.h"
 
-#include "checkpoint/shown.h"
 #include "checkpoint/safetensors_types.h"
+#include "checkpoint/shown.h"
 
 #include <nlohmann/json.hpp>
 
@@ -51,8 +51,7 @@ class HeaderEvents : public nlohmann::json_sax<nlohmann::json> {
       metadata[field_] = value;
       return true;
     }
-    if (place_ != Place::entry || field_ != "dtype" || numbers_ != nullptr)
-      return scalar(say("", value, ""));
+    if (place_ != Place::entry || field_ != "dtype" || numbers_ != nullptr) return scalar(say("", value, ""));
     entries.back().dtype = value;
     return true;
   }
@@ -77,7 +76,8 @@ class HeaderEvents : public nlohmann::json_sax<nlohmann::json> {
     const RawEntry& entry = entries.back();
     const bool known = name == "dtype" || name == "shape" || name == "data_offsets";
     if (!known) return bad(say("has the unknown field ", name, ""));
-    const bool twice = name == "dtype" ? entry.dtype.has_value() : (name == "shape" ? entry.shape : entry.offsets).has_value();
+    const bool twice =
+        name == "dtype" ? entry.dtype.has_value() : (name == "shape" ? entry.shape : entry.offsets).has_value();
     return !twice || bad("has the field '" + name + "' twice");
   }
 

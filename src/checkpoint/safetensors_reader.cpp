@@ -30,7 +30,8 @@ at::Tensor view(const InputFile& file, const TensorEntry& entry, const std::shar
   if (entry.begin % static_cast<int64_t>(c10::elementSize(entry.type)) != 0) return read(file, entry);
   char* data = mapping.get() + entry.begin;
   if (entry.type == at::kBool) check_bools(file, entry, data);
-  return at::from_blob(data, entry.shape, [mapping](void*) {}, at::TensorOptions(entry.type));
+  return at::from_blob(
+      data, entry.shape, [mapping](void*) {}, at::TensorOptions(entry.type));
 }
 
 void add_file(const std::string& path, const std::string& prefix, bool map, TensorFile& content) {
@@ -78,7 +79,9 @@ TensorFile open_tensors(const std::string& path, const std::string& prefix, bool
 
 }  // namespace
 
-TensorFile load_tensors(const std::string& path, const std::string& prefix) { return open_tensors(path, prefix, false); }
+TensorFile load_tensors(const std::string& path, const std::string& prefix) {
+  return open_tensors(path, prefix, false);
+}
 TensorFile map_tensors(const std::string& path, const std::string& prefix) { return open_tensors(path, prefix, true); }
 
 }  // namespace turnout

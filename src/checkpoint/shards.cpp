@@ -1,8 +1,8 @@
 // Reads `model.safetensors.index.json`: which shard holds which tensor. Shards lie beside the index, never elsewhere.
 #include "checkpoint/shards.h"
 
-#include "checkpoint/shown.h"
 #include "checkpoint/safetensors_types.h"
+#include "checkpoint/shown.h"
 
 #include <turnout/checkpoint.h>
 
@@ -81,7 +81,8 @@ class IndexEvents : public nlohmann::json_sax<nlohmann::json> {
 
 std::map<std::string, std::string> read_index(const std::string& path) {
   IndexEvents events;
-  if (!nlohmann::json::sax_parse(read_file(path, kLongestHeader), &events)) throw FileError(path + ": " + events.problem);
+  if (!nlohmann::json::sax_parse(read_file(path, kLongestHeader), &events))
+    throw FileError(path + ": " + events.problem);
   if (!events.has_map) throw FileError(path + ": holds no weight_map");
   return std::move(events.weight_map);
 }

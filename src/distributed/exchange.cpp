@@ -158,9 +158,9 @@ at::Tensor exchange_counts(const at::Tensor& tokens_per_expert, const std::vecto
     message.insert(message.end(), count + bounds[r], count + bounds[r + 1]);
     send.push_back(words + bounds[r + 1] - bounds[r]);
   }
-  const auto received = distributed::all_to_all(kCounts, at::tensor(message, at::kLong).to(x.device()), receive, send, group)
-                            .to(at::kCPU)
-                            .view({group.size, words + held});
+  const auto sent = at::tensor(message, at::kLong).to(x.device());
+  const auto received =
+      distributed::all_to_all(kCounts, sent, receive, send, group).to(at::kCPU).view({group.size, words + held});
   for (int64_t r = 0; r < group.size; ++r) {
     const auto* of_rank = received.const_data_ptr<int64_t>() + r * (words + held);
     if (!std::equal(mine.begin(), mine.end(), of_rank))

@@ -224,6 +224,11 @@ std::string Heartbeat::find_culprit() {
   return found;
 }
 
+std::string Heartbeat::lost() const {
+  const std::lock_guard lock(shared_->mutex);
+  return shared_->cause(/*may_have_left=*/true);
+}
+
 void Heartbeat::report(const std::string& finding) {
   std::unique_lock lock(shared_->mutex);
   shared_->failed = true;

@@ -30,6 +30,9 @@ class Heartbeat {
   /// The finding is told to the others.
   std::string find_culprit();
 
+  /// Who is known to be lost, or to have left, now; empty where nobody is.
+  std::string lost() const;
+
   /// This rank found the cause itself: told to the others.
   void report(const std::string& finding);
 

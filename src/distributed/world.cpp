@@ -4,6 +4,7 @@
 #include "distributed/address.h"
 #include "distributed/gloo.h"
 #include "distributed/heartbeat.h"
+#include "distributed/nccl.h"
 
 #include "../ops/checks.h"
 
@@ -18,6 +19,7 @@
 #include <map>
 #include <numeric>
 #include <sstream>
+#include <thread>
 
 namespace turnout {
 namespace {
@@ -60,7 +62,8 @@ void check(const WorldOptions& options) {
                     ", expected 1 to 65535");
   TORCH_CHECK_VALUE(options.timeout.count() >= 100, kName, ": timeout is ", options.timeout.count(),
                     " ms, expected at least 100");
-  TORCH_CHECK_VALUE(options.backend == "gloo", kName, ": backend is '", options.backend, "', expected gloo");
+  TORCH_CHECK_VALUE(options.backend == "gloo" || options.backend == "nccl", kName, ": backend is '", options.backend,
+                    "', expected gloo or nccl");
 }
 
 std::string store_address(const WorldOptions& options) { return options.host + ":" + std::to_string(options.port); }
@@ -87,29 +90,42 @@ c10::intrusive_ptr<c10d::Store> connect(const WorldOptions& options, bool hold) 
   }
 }
 
+std::vector<int64_t> missing_of(c10d::Store& store, const std::vector<std::string>& keys) {
+  std::vector<int64_t> missing;
+  for (size_t rank = 0; rank < keys.size(); ++rank)
+    if (!store.check({keys[rank]})) missing.push_back(static_cast<int64_t>(rank));
+  return missing;
+}
+
 // Every rank writes its key and waits for all. @return the values, one a rank
 std::vector<std::string> meet(c10d::Store& store, const WorldOptions& options, const std::string& prefix,
-                              const std::string& value, const char* doing) {
-  std::vector<std::string> keys;
+                              const std::string& value, const std::string& doing,
+                              const distributed::Heartbeat* heartbeat) {
+  const auto fail = [&](const std::string& cause) {
+    throw DistributedError("turnout: " + doing + " failed: " + cause);
+  };
+  std::vector<std::string> keys, values;
   for (int64_t rank = 0; rank < options.size; ++rank) keys.push_back(prefix + std::to_string(rank));
+  const auto deadline = std::chrono::steady_clock::now() + options.timeout;
   try {
     store.set(keys[options.rank], value);
-    store.wait(keys, options.timeout);
-    std::vector<std::string> values;
-    for (const auto& text : store.multiGet(keys)) values.emplace_back(text.begin(), text.end());
-    return values;
-  } catch (const std::exception&) {
-    std::vector<int64_t> missing;
-    try {
-      for (int64_t rank = 0; rank < options.size; ++rank)
-        if (!store.check({keys[rank]})) missing.push_back(rank);
-    } catch (const std::exception&) {
-      throw DistributedError(std::string("turnout: ") + doing + " failed: " + holder_text(options) +
-                             ", which holds the store, is lost");
+    while (true) {
+      // In this order: who has met may leave.
+      const std::string lost = heartbeat != nullptr ? heartbeat->lost() : "";
+      if (store.check(keys)) break;
+      if (!lost.empty()) fail(lost);
+      if (std::chrono::steady_clock::now() > deadline)
+        fail(ranks_text(missing_of(store, keys)) + " of " + std::to_string(options.size) + " did not come within " +
+             seconds_text(options.timeout));
+      std::this_thread::sleep_for(milliseconds(10));
     }
-    throw DistributedError(std::string("turnout: ") + doing + " failed: " + ranks_text(missing) + " of " +
-                           std::to_string(options.size) + " did not come within " + seconds_text(options.timeout));
+    for (const auto& text : store.multiGet(keys)) values.emplace_back(text.begin(), text.end());
+  } catch (const DistributedError&) {
+    throw;
+  } catch (const std::exception&) {
+    fail(holder_text(options) + ", which holds the store, is lost");
   }
+  return values;
 }
 
 std::vector<std::string> lines_of(const std::string& text) {
@@ -192,7 +208,7 @@ World::World(WorldOptions given) : options(std::move(given)), state_(std::make_u
   state_->address = distributed::local_address_towards(options.host, options.port);
   const bool hold = options.rank == 0 && !options.launcher_holds_store;
   state_->store = connect(options, hold);
-  meet(*state_->store, options, "beat/", "", "the meeting of the ranks");
+  meet(*state_->store, options, "beat/", "", "the meeting of the ranks", nullptr);
   state_->heartbeat = std::make_shared<distributed::Heartbeat>(connect(options, false), options.rank, options.size,
                                                                options.timeout, holder_text(options));
   std::vector<int64_t> everyone(options.size);
@@ -224,9 +240,10 @@ Group World::group(const std::string& name, const std::vector<int64_t>& members)
   for (const auto& made : state_->groups)
     if (made.first == group.name) return group;
   const auto store = c10::make_intrusive<c10d::PrefixStore>(group.name, state_->store);
-  c10::intrusive_ptr<c10d::Backend> backend;
+  c10::intrusive_ptr<c10d::Backend> gloo, nccl;
   try {
-    backend = distributed::make_gloo(store, group.rank, group.size, options.timeout, state_->address);
+    gloo = distributed::make_gloo(store, group.rank, group.size, options.timeout, state_->address);
+    if (options.backend == "nccl") nccl = distributed::make_nccl(store, group.rank, group.size, options.timeout);
   } catch (const c10::NotImplementedError&) {
     throw;
   } catch (const std::exception& error) {
@@ -235,7 +252,8 @@ Group World::group(const std::string& name, const std::vector<int64_t>& members)
   }
   auto process_group = c10::make_intrusive<c10d::ProcessGroup>(store, static_cast<int>(group.rank),
                                                                static_cast<int>(group.size));
-  process_group->setBackend(c10::DeviceType::CPU, c10d::ProcessGroup::BackendType::GLOO, backend);
+  process_group->setBackend(c10::DeviceType::CPU, c10d::ProcessGroup::BackendType::GLOO, gloo);
+  if (nccl) process_group->setBackend(c10::DeviceType::CUDA, c10d::ProcessGroup::BackendType::NCCL, nccl);
   process_group->setDefaultBackend(c10d::ProcessGroup::BackendType::GLOO);
   process_group->setGroupName(group.name);
   c10d::register_process_group(group.name, process_group);
@@ -246,9 +264,8 @@ Group World::group(const std::string& name, const std::vector<int64_t>& members)
 
 void World::check_same(const std::string& what, const std::string& text) {
   if (options.size == 1) return;
-  const std::string doing = "comparison of " + what;
   const auto texts = meet(*state_->store, options, "same/" + std::to_string(state_->comparisons++) + "/",
-                          what + "\n" + text, doing.c_str());
+                          what + "\n" + text, "comparison of " + what, state_->heartbeat.get());
   const std::string found = difference(texts);
   if (found.empty()) return;
   const std::string finding = "the ranks differ in " + what + ": " + found;

@@ -195,9 +195,7 @@ class Backward {
       m_.x_rows[r] = x.base + q_.token_of_row[r] * x.stride;
       m_.g_rows[r] = g.base + q_.token_of_row[r] * g.stride;
     }
-    const float* weights = static_cast<const float*>(q_.topk_weights);
-    for (int64_t i = 0; i < q_.tokens * q_.top_k; ++i)
-      if (q_.row_of_choice[i] >= 0) m_.weight[q_.row_of_choice[i]] = weights[i];
+    weights_of_rows(q_, m_.weight);
     for (const Item& it : items_)
       for (int64_t r = 0; r < it.rows; ++r) m_.expert[it.row + r] = it.expert;
     for (int64_t r = 0; r < static_cast<int64_t>(ring_) * ring_rows_; ++r) m_.du_rows[r] = m_.du + r * du_stride_;
@@ -225,7 +223,7 @@ class Backward {
       case kPack:
         return s_.pack_rows({x, q_.hidden, bf16_, xp, t.begin, t.end});
       case kUp:
-        return s_.up({&q_, it.expert, x, nullptr, t.begin, t.end, nullptr, 0, u, worker});
+        return s_.up({&q_, it.expert, x, nullptr, t.begin, t.end, nullptr, 0, u, nullptr, worker});
       case kHidden:
         return s_.hidden_grad({&q_, it.expert, g, m_.weight + it.row, u, t.begin, t.end,
                                m_.du + it.slot_row * du_stride_, du_stride_, wh, m_.dots + it.row * ffn_panels(),

@@ -46,6 +46,13 @@ struct TokenRows {
   }
 };
 
+/// The routing weight of each row.
+inline void weights_of_rows(const ExpertsProblem& q, float* weight) {
+  const float* weights = static_cast<const float*>(q.topk_weights);
+  for (int64_t i = 0; i < q.tokens * q.top_k; ++i)
+    if (q.row_of_choice[i] >= 0) weight[q.row_of_choice[i]] = weights[i];
+}
+
 /// Bytes of a row of `columns` elements with room for whole panels; never a multiple of 4 KB, which would put every row
 /// in the same cache sets.
 inline int64_t padded_row(int64_t columns, int64_t panel, size_t element) {

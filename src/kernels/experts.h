@@ -5,7 +5,9 @@
 //     h[r] = act(u[r])                                        [R, F]   gated: act(u[:F]) ⊙ u[F:]
 //     a[r] = h[r] · down[e]ᵀ + down_bias[e]                    [R, D]
 //     y[t] = Σ_k topk_weights[t, k] · a[row_of_choice[t, k]]   [T, D]   k ascending, skipped where -1
-// Rounding in bf16: u, a and every sum live in fp32; h is rounded to bf16 before `down`; y is rounded once.
+// With weight_before_down, h and down_bias are multiplied by the row's weight instead, and y adds up the a.
+// Rounding in bf16: u, a and every sum live in fp32; h (weighted or not) is rounded to bf16 before `down`; y is rounded
+// once.
 #pragma once
 
 #include <cstddef>
@@ -15,11 +17,15 @@
 
 namespace turnout::kernels {
 
-enum class DType { f32, bf16, f64 };                                   // f64 is served by the reference alone
-enum class Activation { relu, gelu, gelu_tanh, silu, swiglu, geglu };  // gelu and geglu: exact (erf)
+enum class DType { f32, bf16, f64 };  // f64 is served by the reference alone
+/// gelu and geglu: exact (erf). swiglu_clamped, of GPT-OSS: g·σ(1.702·g)·(v + 1), g = min(gate, 7), v = up within ±7.
+enum class Activation { relu, gelu, gelu_tanh, silu, swiglu, geglu, swiglu_clamped };
+constexpr double kClamp = 7, kClampedSlope = 1.702;
 
 /// True where `up` holds 2·ffn rows, the gate's first.
-constexpr bool is_gated(Activation a) { return a == Activation::swiglu || a == Activation::geglu; }
+constexpr bool is_gated(Activation a) {
+  return a == Activation::swiglu || a == Activation::geglu || a == Activation::swiglu_clamped;
+}
 
 constexpr size_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 
@@ -46,6 +52,7 @@ struct ExpertsProblem {
   int64_t tokens = 0, hidden = 0, ffn = 0, num_experts = 0, top_k = 0, rows = 0;
   DType dtype = DType::f32;
   Activation activation = Activation::gelu;
+  bool weight_before_down = false;  ///< the routing weight multiplies h, not a; gradients are the same
 
   const void* x = nullptr;  ///< [tokens, hidden], contiguous within a row
   int64_t x_stride = 0;     ///< elements from row to row
@@ -144,8 +151,8 @@ void forward(const Implementation& implementation, const ExpertsProblem& problem
 /// Gradients of forward() for grad_y [tokens, hidden] of row stride `grad_y_stride` (0 = one row for all tokens).
 ///
 /// @param saved_up as forward() left it, or null: recomputed, an expert at a time
-/// Rounding in bf16: u, du and topk_weight·h are rounded to bf16 before the products that read them; sums are fp32 and
-/// rounded once. Scratch: that of a few experts at a time, and [rows, hidden] fp32 where grad x is wanted.
+/// Rounding in bf16: u, du and topk_weight·h are rounded to bf16 before the products that read them, whatever
+/// weight_before_down; sums are fp32 and rounded once. Scratch: that of a few experts at a time, and [rows, hidden] fp32 where grad x is wanted.
 /// Same bits at any thread count.
 void backward(const Implementation& implementation, const ExpertsProblem& problem, const void* saved_up,
               const void* grad_y, int64_t grad_y_stride, const ExpertsGradients& grad, const ParallelFor& parallel);

@@ -35,6 +35,7 @@ std::vector<Segment> segments_of(const ExpertsProblem& q) {
 struct Memory {
   const char** x_rows;
   const char** h_rows;
+  float* weight;  ///< of each row, where it is applied before down
   char* padded;
   char* h;
   float* slots;
@@ -44,6 +45,7 @@ struct Memory {
          int threads) {
     x_rows = arena.take<const char*>(q.rows);
     h_rows = arena.take<const char*>(h_rows_n);
+    weight = arena.take<float>(q.weight_before_down ? q.rows : 0);
     padded = arena.take<char>(TokenRows::padded_bytes(q));
     h = arena.take<char>(h_rows_n * h_stride);
     slots = arena.take<float>(q.rows * slot_stride);
@@ -86,6 +88,7 @@ void forward_stages(const Stages& s, const ExpertsProblem& q, const PackedExpert
   const TokenRows x(q, q.x, q.x_stride, m.padded, parallel);
   for (int64_t r = 0; r < q.rows; ++r) m.x_rows[r] = x.base + q.token_of_row[r] * x.stride;
   for (int64_t r = 0; r < static_cast<int64_t>(ring) * ring_rows; ++r) m.h_rows[r] = m.h + r * h_stride;
+  if (q.weight_before_down) weights_of_rows(q, m.weight);
 
   const int64_t up_n = up_panels(q, s.lanes), down_n = div_up(q.hidden, s.panel);
   const int64_t up_span = span_of(up_n, words_of(q.hidden, bf16), static_cast<int64_t>(segments.size()), threads);
@@ -118,8 +121,10 @@ void forward_stages(const Stages& s, const ExpertsProblem& q, const PackedExpert
 
   schedule.run(parallel, [&](const Task& t, int w) {
     char* memory = m.workers + w * worker;
-    if (t.stage == kCombine) return s.combine({&q, m.slots, slot_stride, true, static_cast<char*>(y), t.begin, t.end});
+    if (t.stage == kCombine)
+      return s.combine({&q, m.slots, slot_stride, !q.weight_before_down, static_cast<char*>(y), t.begin, t.end});
     const Segment& g = segments[static_cast<size_t>(t.item)];
+    const float* weight = q.weight_before_down ? m.weight + g.row : nullptr;
     if (t.stage == kUp) {
       char* saved = static_cast<char*>(saved_up);
       if (saved) saved += g.row * q.up_rows() * static_cast<int64_t>(element);
@@ -133,6 +138,7 @@ void forward_stages(const Stages& s, const ExpertsProblem& q, const PackedExpert
             m.h + g.h_row * h_stride,
             h_stride,
             saved,
+            weight,
             memory});
     } else {
       const char* weights = packed ? static_cast<const char*>(packed->down(g.expert)) : nullptr;
@@ -142,6 +148,7 @@ void forward_stages(const Stages& s, const ExpertsProblem& q, const PackedExpert
               weights,
               t.begin,
               t.end,
+              weight,
               m.slots + g.row * slot_stride,
               slot_stride,
               memory});

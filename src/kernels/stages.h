@@ -24,7 +24,8 @@ struct UpArgs {
   int64_t begin, end;
   char* h;  ///< [rows] of h_stride bytes, or null
   int64_t h_stride;
-  char* saved;  ///< [rows, up_rows] contiguous, or null
+  char* saved;          ///< [rows, up_rows] contiguous, or null
+  const float* weight;  ///< [rows] factors of h, or null
   char* worker;
 };
 
@@ -35,7 +36,8 @@ struct DownArgs {
   RowSet h;
   const char* packed;
   int64_t begin, end;
-  float* out;  ///< [rows] of out_stride floats, a multiple of a panel
+  const float* weight;  ///< [rows] factors of the bias, or null
+  float* out;           ///< [rows] of out_stride floats, a multiple of a panel
   int64_t out_stride;
   char* worker;
 };

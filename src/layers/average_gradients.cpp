@@ -48,6 +48,7 @@ void average_all(const std::vector<at::Tensor>& gradients, const Group& group, i
 }  // namespace
 
 void average_gradients(torch::nn::Module& module, const ParallelLayout& layout) {
+  if (layout.all.size == 1) return;
   const at::NoGradGuard no_grad;
   std::set<const at::TensorImpl*> of_experts;
   for (const auto& part : module.modules())

@@ -66,6 +66,26 @@ FeedForwardBankImpl::FeedForwardBankImpl(FeedForwardOptions given, ExpertRange r
   down_bias = register_parameter("down_bias", draw_range({options.hidden}, options.ffn, range));
 }
 
+FeedForwardBankImpl::FeedForwardBankImpl(FeedForwardOptions given, const ExpertWeights& banks) : options(given) {
+  constexpr const char* kName = "turnout::FeedForwardBank";
+  check(kName, options);
+  const auto adopt = [&](const char* name, const std::vector<at::Tensor>& bank, std::vector<int64_t> shape) {
+    TORCH_CHECK_VALUE(bank.size() == 1 && bank[0].dim() == static_cast<int64_t>(shape.size()) + 1, kName, ": ", name,
+                      " holds ", bank.size(), " tensors, expected one bank of all experts");
+    shape.insert(shape.begin(), banks.down[0].size(0));
+    TORCH_CHECK_VALUE(shape[0] >= 1 && bank[0].sizes() == at::IntArrayRef(shape), kName, ": ", name, " has shape ",
+                      bank[0].sizes(), ", expected ", at::IntArrayRef(shape));
+    return register_parameter(name, bank[0].detach());
+  };
+  down = adopt("down", banks.down, {options.hidden, options.ffn});
+  up = adopt("up", banks.up, {up_rows(options), options.hidden});
+  TORCH_CHECK_VALUE(options.bias == !banks.up_bias.empty() && options.bias == !banks.down_bias.empty(), kName,
+                    ": biases are ", options.bias ? "missing" : "given", ", expected as options.bias says");
+  if (!options.bias) return;
+  up_bias = adopt("up_bias", banks.up_bias, {up_rows(options)});
+  down_bias = adopt("down_bias", banks.down_bias, {options.hidden});
+}
+
 ExpertWeights FeedForwardBankImpl::weights() const {
   ExpertWeights weights{{up}, {down}};
   if (options.bias) {

@@ -49,9 +49,12 @@ HierarchicalMoEOutput HierarchicalMoEImpl::forward(const at::Tensor& x) {
   const auto groups = x.size(0);
   const auto x_TD = x.reshape({-1, x.size(-1)});
   const auto first = gate_outer->forward(x);
-  if (x_TD.size(0) == 0)
-    return {x.clone(), first.loss * options.loss_coefficient, first.dropped,
-            at::zeros({outer * inner}, first.dropped.options())};
+  if (x_TD.size(0) == 0) {  // experts on other ranks are called all the same
+    const auto none = plan(first.routing.topk_ids, outer * inner);
+    const auto y = experts->forward(x_TD, first.routing.topk_weights, none);
+    return {y.view(x.sizes()), first.loss * options.loss_coefficient, first.dropped,
+            none.tokens_per_expert()};
+  }
 
   const auto slots = slot_plan(first.routing.topk_ids, outer, first.capacity, first.group_size);
   const auto slot_x = dispatch(x_TD, slots);

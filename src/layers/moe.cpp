@@ -1,9 +1,13 @@
 // The MoE layer: gate → route → capacity → plan → experts, and the losses; and its blend with a dense block.
 #include <turnout/moe.h>
+#include <turnout/router_variants.h>
+#include <turnout/exchange.h>
 
 #include "../ops/checks.h"
+#include "joined_batch.h"
 
 #include <ATen/ATen.h>
+#include <torch/nn/init.h>
 
 #include <cmath>
 
@@ -17,6 +21,10 @@ void check_options(const MoEOptions& options) {
   ops::check_at_least(kName, "shared.ffn", options.shared.ffn, 0);
   TORCH_CHECK_VALUE(options.shared.ffn > 0 || !options.shared.gated, kName,
                     ": shared.gated is set, but shared.ffn is 0, expected at least 1");
+  TORCH_CHECK_VALUE(options.jitter >= 0 && options.jitter < 1, kName, ": jitter is ", options.jitter,
+                    ", expected 0 to below 1");
+  TORCH_CHECK_VALUE(!options.noisy || options.hidden >= 1, kName, ": hidden is ", options.hidden,
+                    ", expected at least 1 where the router is noisy");
   TORCH_CHECK_VALUE(options.top_k >= 1 && options.top_k <= options.num_experts, kName, ": top_k is ", options.top_k,
                     ", expected 1 to ", options.num_experts, " (num_experts)");
   check(options.router, options.top_k, options.num_experts);
@@ -53,6 +61,11 @@ void MoEImpl::register_modules() {
   register_module("gate", gate.ptr());
   register_module("experts", experts);
   if (options.selection_bias) selection_bias = register_buffer("selection_bias", at::zeros({options.num_experts}));
+  if (options.noisy) {
+    const auto linear = torch::nn::LinearOptions(options.hidden, options.num_experts).bias(false);
+    noise_gate = register_module("noise_gate", torch::nn::Linear(linear));
+    torch::nn::init::zeros_(noise_gate->weight);
+  }
   if (options.shared.ffn == 0) return;
   shared = register_module("shared", FeedForward(FeedForwardOptions{options.hidden, options.shared.ffn,
                                                                     options.activation, options.bias}));
@@ -61,38 +74,57 @@ void MoEImpl::register_modules() {
                                   torch::nn::Linear(torch::nn::LinearOptions(options.hidden, 1).bias(false)));
 }
 
-MoEOutput MoEImpl::forward(const at::Tensor& x) {
+Capped MoEImpl::limit(const Routing& routing, const at::Tensor& x) const {
+  const auto& how = options.capacity;
+  if (!how.dropless() && !how.per_sequence && joined_.size > 1)
+    return limit_joined(routing, how, options.num_experts, joined_);
+  const auto group = how.per_sequence && !how.dropless() ? x.size(-2) : routing.topk_ids.size(0);
+  return apply_capacity(routing, options.num_experts, group, how);
+}
+
+at::Tensor MoEImpl::logits_of(const at::Tensor& given_TD) {
+  const auto parameters = gate.ptr()->parameters(/*recurse=*/true);
+  const auto x_TD = parameters.empty() ? given_TD : given_TD.to(parameters[0].scalar_type());
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  auto logits_TE = gate.forward<at::Tensor>(x_TD);
+  ops::check_size(kName, "the gate's output", logits_TE, -1, options.num_experts, "num_experts");
+  if (!options.noisy || !is_training()) return logits_TE;
+  return noisy_logits(logits_TE, noise_gate->forward(x_TD.to(noise_gate->weight.scalar_type()))).logits;
+}
+
+MoEOutput MoEImpl::forward(const at::Tensor& x, const at::Tensor& token_mask) {
   const bool per_sequence = options.capacity.per_sequence && !options.capacity.dropless();
   const int64_t least = per_sequence ? 2 : 1;
   TORCH_CHECK_VALUE(x.dim() >= least, kName, ": x has shape ", x.sizes(), ", expected ",
                     per_sequence ? "[..., sequence, hidden]" : "[..., hidden]");
   TORCH_CHECK_VALUE(x.size(-1) >= 1, kName, ": x has shape ", x.sizes(), ", expected hidden of at least 1");
-  const auto x_TD = x.reshape({-1, x.size(-1)});
-  const auto logits_TE = gate.forward<at::Tensor>(x_TD);
-  ops::check_size(kName, "the gate's output", logits_TE, -1, options.num_experts, "num_experts");
-  auto routing = route(logits_TE, options.top_k, options.router, selection_bias);
+  TORCH_CHECK_VALUE(!token_mask.defined() || token_mask.sizes() == x.sizes().slice(0, x.dim() - 1), kName,
+                    ": token_mask has shape ", token_mask.defined() ? token_mask.sizes() : at::IntArrayRef(),
+                    ", expected ", x.sizes().slice(0, x.dim() - 1), " (x without hidden)");
+  auto x_TD = x.reshape({-1, x.size(-1)});
+  const auto mask_T = token_mask.defined() ? token_mask.flatten() : at::Tensor();
+  const auto jittered_TD = options.jitter > 0 && is_training() ? jitter(x_TD, options.jitter) : x_TD;
+  const auto logits_TE = logits_of(jittered_TD);
+  if (options.jitter_experts) x_TD = jittered_TD;
+  auto routing = route(logits_TE, options.top_k, options.router, selection_bias, mask_T);
 
   MoEOutput out;
   out.logits = logits_TE;
   out.aux_loss = at::zeros({}, routing.scores.options());
   if (options.balance_coefficient > 0) {
-    out.balance_loss = balance_loss(routing.scores, routing.topk_ids, options.load_count);
+    const auto sum = joined_.size == 1 ? SumOverRanks() : [this](const at::Tensor& own) { return sum_over(own, joined_); };
+    out.balance_loss =
+        balance_loss(routing.scores, routing.topk_ids, options.load_count, /*group_size=*/0, mask_T, sum);
     out.aux_loss = out.aux_loss + options.balance_coefficient * out.balance_loss;
   }
   if (options.z_coefficient > 0) {
-    out.z_loss = z_loss(logits_TE);
+    const auto counted = mask_T.defined() ? mask_T.sum() : at::full({}, x_TD.size(0), routing.topk_ids.options());
+    out.z_loss = joined_mean(z_loss(logits_TE, mask_T), counted, joined_);
     out.aux_loss = out.aux_loss + options.z_coefficient * out.z_loss;
   }
-
-  out.dropped = at::zeros({}, routing.topk_ids.options());
-  if (!options.capacity.dropless() && x_TD.size(0) > 0) {
-    const auto group = per_sequence ? x.size(-2) : x_TD.size(0);
-    const auto places = expert_capacity(options.capacity, group, options.top_k, options.num_experts);
-    auto capped = limit_capacity(routing, options.num_experts, places, group, options.capacity.order,
-                                 options.capacity.renormalize);
-    routing = std::move(capped.routing);
-    out.dropped = std::move(capped.dropped);
-  }
+  auto capped = limit(routing, x);
+  routing = std::move(capped.routing);
+  out.dropped = std::move(capped.dropped);
   out.plan = plan(routing.topk_ids, options.num_experts);
   at::Tensor shared_TD, shared_logits_T1;
   auto y_TD = experts->forward_beside(x_TD, routing.topk_weights, out.plan, [&] {

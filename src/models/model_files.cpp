@@ -13,9 +13,13 @@ constexpr const char* kConfigKey = "config";
 }  // namespace
 
 void save_model(ByteLanguageModel model, const std::string& folder) {
+  auto tensors = module_tensors(*model);
+  for (const auto& [name, part] : parts_of_banks(*model))
+    tensors[name] = gather_over(tensors[name], model->layout.experts);
+  if (model->layout.all.rank != 0) return;
   const std::string config = to_json(model->options) + "\n";
   write_file(folder + "/config.json", config);
-  save_tensors(folder + "/model.safetensors", {module_tensors(*model), {{kConfigKey, config}}});
+  save_tensors(folder + "/model.safetensors", {std::move(tensors), {{kConfigKey, config}}});
 }
 
 ByteLanguageModel load_model(const std::string& folder) {

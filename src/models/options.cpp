@@ -1,7 +1,7 @@
 // Options of the language model: their words, their checks, and their JSON.
 #include <turnout/transformer.h>
 
-#include "models/json_fields.h"
+#include "layers/moe_fields.h"
 #include "ops/names.h"
 
 namespace turnout {
@@ -11,8 +11,6 @@ constexpr ops::Names<BlockKind, 3> kKinds{
     {{BlockKind::dense, "dense"}, {BlockKind::moe, "moe"}, {BlockKind::hybrid, "hybrid"}}};
 constexpr ops::Names<LayerPattern, 2> kPatterns{
     {{LayerPattern::every, "every"}, {LayerPattern::alternating, "alternating"}}};
-constexpr ops::Names<CapacityRounding, 2> kRoundings{
-    {{CapacityRounding::ceil, "ceil"}, {CapacityRounding::floor, "floor"}}};
 
 // Far above what anyone trains with this model, far below where products of sizes overflow.
 constexpr int64_t kLargest = 1 << 20;
@@ -22,58 +20,6 @@ void check_size(const char* name, int64_t value) {
 }
 
 // One list of fields, walked by both the writer and the reader.
-template <class Fields>
-void visit_capacity(Fields& f, CapacityOptions& o) {
-  f.number("factor", o.factor);
-  f.number("fixed", o.fixed);
-  f.number("minimum", o.minimum);
-  f.word(
-      "rounding", o.rounding, [](CapacityRounding r) { return ops::name_of(kRoundings, r); },
-      [](const std::string& s) { return ops::parse_name("capacity rounding", kRoundings, s); });
-  f.number("count_choices", o.count_choices);
-  f.number("per_sequence", o.per_sequence);
-  f.word(
-      "order", o.order, [](DropOrder v) { return to_string(v); }, parse_drop_order);
-  f.number("renormalize", o.renormalize);
-}
-
-template <class Fields>
-void visit_router(Fields& f, RouterOptions& o) {
-  f.word(
-      "score", o.score, [](ScoreFunction v) { return to_string(v); }, parse_score_function);
-  f.word(
-      "weights", o.weights, [](RouterWeights v) { return to_string(v); }, parse_router_weights);
-  f.number("epsilon", o.epsilon);
-  f.number("scale", o.scale);
-  f.number("groups", o.groups);
-  f.number("kept_groups", o.kept_groups);
-  f.number("group_top", o.group_top);
-  f.word(
-      "group_mask", o.group_mask, [](GroupMask v) { return to_string(v); }, parse_group_mask);
-  f.word(
-      "precision", o.precision, [](RouterPrecision v) { return to_string(v); }, parse_router_precision);
-  f.number("cast_weights", o.cast_weights);
-}
-
-template <class Fields>
-void visit_moe(Fields& f, MoEOptions& o) {
-  f.number("ffn", o.ffn);
-  f.number("num_experts", o.num_experts);
-  f.number("top_k", o.top_k);
-  f.object("shared", [&](auto& inner) {
-    inner.number("ffn", o.shared.ffn);
-    inner.number("gated", o.shared.gated);
-  });
-  f.number("gate_bias", o.gate_bias);
-  f.object("router", [&](auto& inner) { visit_router(inner, o.router); });
-  f.number("selection_bias", o.selection_bias);
-  f.word(
-      "load_count", o.load_count, [](LoadCount v) { return to_string(v); }, parse_load_count);
-  f.number("balance_coefficient", o.balance_coefficient);
-  f.number("z_coefficient", o.z_coefficient);
-  f.object("capacity", [&](auto& inner) { visit_capacity(inner, o.capacity); });
-}
-
 template <class Fields>
 void visit_model(Fields& f, LanguageModelOptions& o) {
   f.number("vocabulary", o.vocabulary);
@@ -121,6 +67,8 @@ void check(const LanguageModelOptions& o) {
                     "turnout: shared.gated is set, but there is no shared expert");
   TORCH_CHECK_VALUE(o.moe.top_k >= 1 && o.moe.top_k <= o.moe.num_experts, "turnout: top_k is ", o.moe.top_k,
                     ", expected 1 to the number of experts, ", o.moe.num_experts);
+  TORCH_CHECK_VALUE(o.moe.jitter >= 0.0 && o.moe.jitter < 1.0, "turnout: jitter is ", o.moe.jitter,
+                    ", expected 0 to below 1");
   TORCH_CHECK_VALUE(o.moe.balance_coefficient >= 0.0 && o.moe.balance_coefficient < 1e6,
                     "turnout: balance_coefficient is ", o.moe.balance_coefficient, ", expected 0 or more");
   TORCH_CHECK_VALUE(o.moe.z_coefficient >= 0.0 && o.moe.z_coefficient < 1e6, "turnout: z_coefficient is ",

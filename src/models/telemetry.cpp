@@ -1,10 +1,10 @@
 // Sums of an interval, and the lines that come of them.
 #include <turnout/telemetry.h>
 
-#include <ATen/ops/amax.h>
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
+#include <numeric>
 #include <sstream>
 
 namespace turnout {
@@ -80,30 +80,28 @@ void Telemetry::write_interval(const StepReport& report) {
 }
 
 void Telemetry::write_layers(const StepReport& report) {
-  const auto steps = report.step - first_step_ + 1;
+  const auto optional = [](const std::optional<double>& loss) { return loss ? Json(*loss) : Json(nullptr); };
   for (size_t i = 0; i < report.layers.size(); ++i) {
     const LayerReport& layer = report.layers[i];
-    const RoutingStatistics& s = layer.statistics;
     const auto row = static_cast<int64_t>(i);
     const std::vector<int64_t> load = row_of(expert_load_, row);
-    double rows = 0;
-    for (const int64_t of_expert : load) rows += static_cast<double>(of_expert);
-    const double mean = rows / static_cast<double>(load.size());
+    const auto rows = std::accumulate(load.begin(), load.end(), int64_t{0});
+    const auto dropped = layer_dropped_[row].item<int64_t>();
     const auto fullest = static_cast<double>(*std::max_element(load.begin(), load.end()));
-    const auto optional = [](const std::optional<double>& loss) { return loss ? Json(*loss) : Json(nullptr); };
+    const double mean = static_cast<double>(rows) / static_cast<double>(load.size());
     const Json line = {{"kind", "layer"},
                        {"model", model_},
                        {"layer", layer.layer},
                        {"first_step", first_step_},
                        {"step", report.step},
                        {"load", load},
-                       {"max_over_mean", mean > 0 ? fullest / mean : 0.0},
+                       {"max_over_mean", rows > 0 ? fullest / mean : 0.0},
                        {"dead_experts", std::count(load.begin(), load.end(), 0)},
-                       {"choices", steps * s.choices},
-                       {"dropped", layer_dropped_[row].item<int64_t>()},
-                       {"entropy", s.entropy},
-                       {"logit_rms", s.logit_rms},
-                       {"logit_max", s.logit_max},
+                       {"choices", rows + dropped},
+                       {"dropped", dropped},
+                       {"entropy", layer.statistics.entropy.item<double>()},
+                       {"logit_rms", layer.logit_rms},
+                       {"logit_max", layer.logit_max},
                        {"balance_loss", optional(layer.balance_loss)},
                        {"z_loss", optional(layer.z_loss)}};
     lines_.push_back({report.step, line.dump()});

@@ -2,15 +2,18 @@
 #include <turnout/training.h>
 
 #include "models/hash.h"
+#include "models/state_parts.h"
 
 #include <ATen/Context.h>
 #include <ATen/ops/_foreach_norm.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -24,6 +27,11 @@ namespace {
 constexpr const char* kAverage = "optimizer.average.";
 constexpr const char* kSquareAverage = "optimizer.square_average.";
 constexpr const char* kModel = "model.";
+
+// This rank's part [begin, end) of `count` things.
+std::pair<int64_t, int64_t> part_of(int64_t count, const turnout::Group& ranks) {
+  return {count * ranks.rank / ranks.size, count * (ranks.rank + 1) / ranks.size};
+}
 
 // Windows of `length` bytes at `offsets`: [offsets, length] int64.
 at::Tensor windows(const std::string& text, const std::vector<size_t>& offsets, int64_t length) {
@@ -55,14 +63,16 @@ void count_load(const LanguageModelOutput& output, StepReport& report) {
 }
 
 void observe_layers(const LanguageModelOutput& output, StepReport& report) {
+  const at::NoGradGuard no_grad;
   const auto value_of = [](const at::Tensor& loss) {
     return loss.defined() ? std::optional<double>(loss.item<double>()) : std::nullopt;
   };
   for (size_t i = 0; i < output.layers.size(); ++i) {
     if (!output.layers[i]) continue;
     const MoEOutput& out = *output.layers[i];
-    report.layers.push_back({static_cast<int64_t>(i),
-                             routing_statistics(out.routing, out.plan, out.dropped, out.logits),
+    const at::Tensor logits = out.logits.to(at::kFloat);
+    report.layers.push_back({static_cast<int64_t>(i), routing_statistics(out.routing, out.plan, out.dropped),
+                             logits.square().mean().sqrt().item<double>(), logits.abs().max().item<double>(),
                              value_of(out.balance_loss), value_of(out.z_loss)});
   }
 }
@@ -92,6 +102,10 @@ Trainer::Trainer(ByteLanguageModel model_in, TrainingOptions options_in, std::sh
   check_text("held-out", text_->held_out, model->options.context);
   TORCH_CHECK_VALUE(model->options.vocabulary == 256, "turnout: vocabulary is ", model->options.vocabulary,
                     ", expected 256, one token a byte");
+  const auto& ranks = model->layout.all;
+  TORCH_CHECK_VALUE(options.batch % ranks.size == 0, "turnout: batch is ", options.batch, ", expected a multiple of ",
+                    ranks.size, " (the ranks)");
+  const auto parts = parts_of_banks(*model);
   groups_.resize(2);
   groups_[0].weight_decay = options.weight_decay;
   for (const auto& item : model->named_parameters()) {
@@ -101,6 +115,7 @@ Trainer::Trainer(ByteLanguageModel model_in, TrainingOptions options_in, std::sh
     group.averages.push_back(at::zeros_like(item.value()));
     group.square_averages.push_back(at::zeros_like(item.value()));
     group.steps.push_back(at::zeros({}, item.value().options().requires_grad(false)));
+    group.in_parts.push_back(parts.count(item.key()) > 0);
   }
 }
 
@@ -108,7 +123,8 @@ at::Tensor Trainer::batch(int64_t step) const {
   const int64_t length = model->options.context + 1;
   const uint64_t starts = text_->training.size() - static_cast<size_t>(length) + 1;
   std::vector<size_t> offsets;
-  for (int64_t row = 0; row < options.batch; ++row)
+  const auto [begin, end] = part_of(options.batch, model->layout.all);
+  for (int64_t row = begin; row < end; ++row)
     offsets.push_back(hash_numbers(options.seed, static_cast<uint64_t>(step), static_cast<uint64_t>(row)) % starts);
   return windows(text_->training, offsets, length).to(model->embedding->weight.device());
 }
@@ -134,11 +150,28 @@ StepReport Trainer::step(bool observe) {
   report.aux_loss = output.aux_loss.item<double>();
   count_load(output, report);
   if (observe) observe_layers(output, report);
-  refuse_divergence(inputs_BL, objective.item<double>());
+  join(report);
+  refuse_divergence(inputs_BL, report.bits_per_byte + report.aux_loss);
   objective.backward();
+  average_gradients(*model, model->layout);
   report.gradient_norm = clip_and_update();
   ++steps_done_;
   return report;
+}
+
+// Means of losses and sums of counts over the ranks.
+void Trainer::join(StepReport& report) const {
+  const auto& ranks = model->layout.all;
+  if (ranks.size == 1) return;
+  const auto sums = sum_over(at::tensor({report.bits_per_byte, report.aux_loss, static_cast<double>(report.choices),
+                                         static_cast<double>(report.dropped)}, at::kDouble), ranks);
+  report.bits_per_byte = sums[0].item<double>() / static_cast<double>(ranks.size);
+  report.aux_loss = sums[1].item<double>() / static_cast<double>(ranks.size);
+  report.choices = sums[2].item<int64_t>();
+  report.dropped = sums[3].item<int64_t>();
+  if (!report.expert_load.defined()) return;
+  report.expert_load = sum_over(report.expert_load, ranks);
+  report.layer_dropped = sum_over(report.layer_dropped, ranks);
 }
 
 void Trainer::refuse_divergence(const at::Tensor& tokens, double loss) {
@@ -158,21 +191,30 @@ void Trainer::refuse_gradient(double norm) const {
   throw DivergenceError(steps_done_ + 1, place_of(nearest), "the gradient of " + nearest + " is not finite");
 }
 
+// Of the whole model: gradients of experts that other ranks hold are counted there.
+double Trainer::gradient_norm(const std::vector<std::vector<at::Tensor>>& gradients) const {
+  std::vector<at::Tensor> norms, of_parts;
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    if (gradients[g].empty()) continue;
+    const auto of_group = at::_foreach_norm(gradients[g]);
+    for (size_t i = 0; i < of_group.size(); ++i) (groups_[g].in_parts[i] ? of_parts : norms).push_back(of_group[i]);
+  }
+  if (!of_parts.empty())
+    norms.push_back(sum_over(at::linalg_vector_norm(at::stack(of_parts)).square(), model->layout.experts).sqrt());
+  return at::linalg_vector_norm(at::stack(norms)).item<double>();
+}
+
 double Trainer::clip_and_update() {
   const at::NoGradGuard no_grad;
-  std::vector<at::Tensor> norms;
   std::vector<std::vector<at::Tensor>> gradients;
   for (const Group& group : groups_) {
     auto& of_group = gradients.emplace_back();
     for (const at::Tensor& parameter : group.parameters)
       of_group.push_back(parameter.grad().defined() ? parameter.grad() : at::zeros_like(parameter));
-    if (of_group.empty()) continue;
-    for (at::Tensor& norm : at::_foreach_norm(of_group)) norms.push_back(std::move(norm));
   }
-  const at::Tensor norm = at::linalg_vector_norm(at::stack(norms));
-  const double value = norm.item<double>();
+  const double value = gradient_norm(gradients);
   if (!std::isfinite(value)) refuse_gradient(value);
-  const at::Tensor divisor = (norm / options.clip).clamp_min(1.0);
+  const at::Tensor divisor = (at::full({}, value, gradients[0][0].options()) / options.clip).clamp_min(1.0);
   const double rate = learning_rate(options, steps_done_);
   for (size_t g = 0; g < groups_.size(); ++g) {
     Group& group = groups_[g];
@@ -197,12 +239,14 @@ double Trainer::evaluate() {
   double nats = 0.0;
   for (int64_t first = 0; first < count; first += options.batch) {
     std::vector<size_t> offsets;
-    for (int64_t w = first; w < std::min(count, first + options.batch); ++w)
+    const auto [begin, end] = part_of(std::min(count - first, options.batch), model->layout.all);
+    for (int64_t w = first + begin; w < first + end; ++w)
       offsets.push_back(static_cast<size_t>(static_cast<__int128>(w) * (room - 1) / std::max<int64_t>(1, count - 1)));
     const at::Tensor tokens = windows(text_->held_out, offsets, context + 1).to(model->embedding->weight.device());
     const LanguageModelOutput output = model(tokens.narrow(1, 0, context));
     nats += prediction_loss(output.logits, tokens, at::Reduction::None).to(at::kDouble).sum().item<double>();
   }
+  nats = sum_over(at::tensor({nats}, at::kDouble), model->layout.all).item<double>();
   model->train(was_training);
   generator.set_state(random_state);
   return nats / static_cast<double>(count * context) / std::numbers::ln2;
@@ -223,12 +267,21 @@ TensorFile Trainer::state() const {
   TensorFile state;
   for (const auto& [name, tensor] : module_tensors(*model)) state.tensors.emplace(kModel + name, tensor);
   state.tensors.merge(optimizer_tensors());
+  state.tensors = part_to_write(state.tensors, parts_in_state(), model->layout);
   state.metadata = {{"kind", "turnout training state"},
                     {"model", to_json(model->options)},
                     {"training", to_json(options)},
                     {"text", std::to_string(text_->digest())},
                     {"step", std::to_string(steps_done_)}};
   return state;
+}
+
+// Parts of banks under the names that they have in a state.
+std::map<std::string, ExpertRange> Trainer::parts_in_state() const {
+  std::map<std::string, ExpertRange> parts;
+  for (const auto& [name, range] : parts_of_banks(*model))
+    for (const char* prefix : {kModel, kAverage, kSquareAverage}) parts.emplace(prefix + name, range);
+  return parts;
 }
 
 StateOptions state_options(const TensorFile& state, const std::string& source) {
@@ -254,12 +307,13 @@ void Trainer::load_state(const TensorFile& state, const std::string& source) {
   if (!digits || std::stoll(step_text) > options.steps)
     throw FileError(source + ": its step is '" + step_text + "', expected 0 to " + std::to_string(options.steps));
 
-  for (const auto& [name, tensor] : state.tensors)
+  const auto tensors = parts_to_read(state.tensors, parts_in_state(), source);
+  for (const auto& [name, tensor] : tensors)
     if (!tensor.isfinite().all().item<bool>())
       throw FileError(source + ": '" + name + "' holds numbers that are not finite");
   std::map<std::string, at::Tensor> of_model, of_optimizer = optimizer_tensors(), others;
   std::string problems;
-  for (const auto& [name, tensor] : state.tensors) {
+  for (const auto& [name, tensor] : tensors) {
     const auto slot = of_optimizer.find(name);
     if (name.starts_with(kModel))
       of_model.emplace(name.substr(std::string_view(kModel).size()), tensor);
@@ -269,11 +323,11 @@ void Trainer::load_state(const TensorFile& state, const std::string& source) {
       problems += " '" + name + "' has another shape or type;";
   }
   for (const auto& item : of_optimizer)
-    if (!state.tensors.count(item.first)) problems += " '" + item.first + "' is missing;";
+    if (!tensors.count(item.first)) problems += " '" + item.first + "' is missing;";
   if (!problems.empty()) throw FileError(source + ": does not fit the optimizer:" + problems);
   load_into_module(*model, of_model, source);
   const at::NoGradGuard no_grad;
-  for (const auto& [name, slot] : of_optimizer) slot.copy_(state.tensors.at(name));
+  for (const auto& [name, slot] : of_optimizer) slot.copy_(tensors.at(name));
   steps_done_ = std::stoll(step_text);
   for (Group& group : groups_)
     for (at::Tensor& step : group.steps) step.fill_(static_cast<double>(steps_done_));

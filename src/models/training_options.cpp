@@ -1,7 +1,7 @@
 // Options of training: their checks, their JSON, and the schedule that they describe.
 #include <turnout/training.h>
 
-#include "models/json_fields.h"
+#include "layers/json_fields.h"
 
 #include <algorithm>
 #include <cmath>

@@ -47,7 +47,25 @@ bool ends_with(const std::string& name, const std::string& end) {
   return name.size() >= end.size() && name.compare(name.size() - end.size(), end.size(), end) == 0;
 }
 
+// Of a bank that lies on several ranks the whole is drawn, and this rank's part kept.
+void draw_normal(at::Tensor& parameter, double deviation, const ExpertRange* part) {
+  if (part == nullptr) {
+    torch::nn::init::normal_(parameter, 0.0, deviation);
+    return;
+  }
+  auto shape = parameter.sizes().vec();
+  shape[0] = part->all;
+  const at::NoGradGuard no_grad;
+  const auto whole = torch::nn::init::normal_(at::empty(shape, parameter.options()), 0.0, deviation);
+  parameter.copy_(whole.narrow(0, part->first, part->count));
+}
+
+MoE make_moe(const LanguageModelOptions& options, const ParallelLayout& layout) {
+  return layout.all.size == 1 ? MoE(moe_options(options)) : expert_parallel_moe(moe_options(options), layout);
+}
+
 void draw_weights(torch::nn::Module& model, const LanguageModelOptions& options) {
+  const auto parts = parts_of_banks(model);
   const double deviation = 0.02 * std::sqrt(768.0 / static_cast<double>(options.hidden));
   const double into_residual = deviation / std::sqrt(2.0 * static_cast<double>(options.layers));
   for (auto& item : model.named_parameters()) {
@@ -56,12 +74,16 @@ void draw_weights(torch::nn::Module& model, const LanguageModelOptions& options)
       torch::nn::init::zeros_(item.value());
     } else if (item.value().dim() >= 2) {
       const bool residual = ends_with(name, "down") || ends_with(name, "attention.out.weight");
-      torch::nn::init::normal_(item.value(), 0.0, residual ? into_residual : deviation);
+      const auto part = parts.find(name);
+      draw_normal(item.value(), residual ? into_residual : deviation, part == parts.end() ? nullptr : &part->second);
     }
   }
 }
 
-bool finite(const at::Tensor& tensor) { return tensor.isfinite().all().item<bool>(); }
+// On every rank, so that all of them go on or stop.
+bool finite(const at::Tensor& tensor, const Group& ranks) {
+  return sum_over(tensor.isfinite().all().logical_not().to(at::kFloat), ranks).item<float>() == 0;
+}
 
 }  // namespace
 
@@ -84,7 +106,8 @@ at::Tensor CausalAttentionImpl::forward(const at::Tensor& x_BLD) {
   return out(mixed_BHLd.transpose(1, 2).reshape({B, L, D}));
 }
 
-TransformerBlockImpl::TransformerBlockImpl(const LanguageModelOptions& options, int64_t layer)
+TransformerBlockImpl::TransformerBlockImpl(const LanguageModelOptions& options, int64_t layer,
+                                           const ParallelLayout& layout)
     : attention_norm(register_module("attention_norm", make_norm(options.hidden))),
       attention(register_module("attention", CausalAttention(options.hidden, options.heads, options.context))),
       feed_forward_norm(register_module("feed_forward_norm", make_norm(options.hidden))) {
@@ -94,9 +117,9 @@ TransformerBlockImpl::TransformerBlockImpl(const LanguageModelOptions& options, 
   if (!options.is_sparse(layer)) {
     dense = register_module("dense", dense_network());
   } else if (options.kind == BlockKind::moe) {
-    moe = register_module("moe", MoE(moe_options(options)));
+    moe = register_module("moe", make_moe(options, layout));
   } else {
-    hybrid = register_module("hybrid", Hybrid(dense_network(), MoE(moe_options(options)), options.alpha));
+    hybrid = register_module("hybrid", Hybrid(dense_network(), make_moe(options, layout), options.alpha));
   }
 }
 
@@ -110,11 +133,12 @@ at::Tensor TransformerBlockImpl::forward(const at::Tensor& x_BLD, std::optional<
   return y_BLD;
 }
 
-ByteLanguageModelImpl::ByteLanguageModelImpl(LanguageModelOptions options_in) : options(std::move(options_in)) {
+ByteLanguageModelImpl::ByteLanguageModelImpl(LanguageModelOptions options_in, ParallelLayout layout_in)
+    : options(std::move(options_in)), layout(std::move(layout_in)) {
   check(options);
   embedding = register_module("embedding", torch::nn::Embedding(options.vocabulary, options.hidden));
   for (int64_t layer = 0; layer < options.layers; ++layer)
-    blocks.push_back(register_module("layer_" + std::to_string(layer), TransformerBlock(options, layer)));
+    blocks.push_back(register_module("layer_" + std::to_string(layer), TransformerBlock(options, layer, layout)));
   norm = register_module("norm", make_norm(options.hidden));
   if (!options.tied_head) head = register_module("head", make_linear(options.hidden, options.vocabulary));
   draw_weights(*this, options);
@@ -158,13 +182,14 @@ std::string ByteLanguageModelImpl::first_non_finite(const at::Tensor& tokens_BL)
   check_tokens(tokens_BL);
   const at::NoGradGuard no_grad;
   at::Tensor x_BLD = embedding(tokens_BL);
-  if (!finite(x_BLD)) return "embedding";
+  if (!finite(x_BLD, layout.all)) return "embedding";
   for (size_t layer = 0; layer < blocks.size(); ++layer) {
     std::optional<MoEOutput> report;
     x_BLD = blocks[layer](x_BLD, &report);
-    if (!finite(x_BLD) || (report && !finite(report->aux_loss))) return "layer " + std::to_string(layer);
+    if (!finite(x_BLD, layout.all) || (report && !finite(report->aux_loss, layout.all)))
+      return "layer " + std::to_string(layer);
   }
-  return finite(logits(x_BLD)) ? "" : "head";
+  return finite(logits(x_BLD), layout.all) ? "" : "head";
 }
 
 }  // namespace turnout

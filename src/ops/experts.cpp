@@ -11,28 +11,29 @@
 namespace turnout {
 namespace {
 
-constexpr ops::Names<Activation, 6> kActivations{{{Activation::relu, "relu"},
+constexpr ops::Names<Activation, 7> kActivations{{{Activation::relu, "relu"},
                                                   {Activation::gelu, "gelu"},
                                                   {Activation::gelu_tanh, "gelu_tanh"},
                                                   {Activation::silu, "silu"},
                                                   {Activation::swiglu, "swiglu"},
-                                                  {Activation::geglu, "geglu"}}};
+                                                  {Activation::geglu, "geglu"},
+                                                  {Activation::swiglu_clamped, "swiglu_clamped"}}};
 
 at::Tensor call_experts(const at::Tensor& x, const at::Tensor& topk_weights, const DispatchPlan& plan,
                         at::TensorList up, at::TensorList down, at::TensorList up_bias, at::TensorList down_bias,
-                        c10::string_view activation, bool recompute) {
+                        c10::string_view activation, bool recompute, bool weight_before_down) {
   using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                const at::Tensor&, at::TensorList, at::TensorList, at::TensorList, at::TensorList,
-                               c10::string_view, bool);
+                               c10::string_view, bool, bool);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("turnout::experts", "").typed<Signature>();
   return op.call(x, topk_weights, plan.expert_offsets, plan.token_of_row, plan.row_of_choice, up, down, up_bias,
-                 down_bias, activation, recompute);
+                 down_bias, activation, recompute, weight_before_down);
 }
 
 at::Tensor fused_experts_op(const at::Tensor& x, const at::Tensor& topk_ids, const at::Tensor& topk_weights,
                             at::TensorList up, at::TensorList down, at::TensorList up_bias, at::TensorList down_bias,
-                            c10::string_view activation, bool recompute) {
+                            c10::string_view activation, bool recompute, bool weight_before_down) {
   constexpr const char* kOp = "turnout::fused_experts";
   TORCH_CHECK_VALUE(!up.empty(), kOp, ": up is empty, expected a bank or one tensor an expert");
   const bool bank = up.size() == 1 && up[0].dim() == 3;
@@ -42,7 +43,7 @@ at::Tensor fused_experts_op(const at::Tensor& x, const at::Tensor& topk_ids, con
   ops::check_dim(kOp, "topk_ids", topk_ids, 2, "[tokens, top_k]");
   ops::check_size(kOp, "topk_ids", topk_ids, 0, x.sym_size(0), "tokens of x");
   return call_experts(x, topk_weights, plan(topk_ids, num_experts), up, down, up_bias, down_bias, activation,
-                      recompute);
+                      recompute, weight_before_down);
 }
 
 at::Tensor feed_forward_op(const at::Tensor& x, const at::Tensor& up, const at::Tensor& down,
@@ -62,7 +63,8 @@ at::Tensor feed_forward_op(const at::Tensor& x, const at::Tensor& up, const at::
   const auto weights = at::ones_symint({tokens, 1}, rows.options().dtype(at::kFloat));
   using List = std::vector<at::Tensor>;
   const auto y = call_experts(rows, weights, one_expert, List{up}, List{down}, up_bias ? List{*up_bias} : List{},
-                              down_bias ? List{*down_bias} : List{}, activation, /*recompute=*/false);
+                              down_bias ? List{*down_bias} : List{}, activation, /*recompute=*/false,
+                              /*weight_before_down=*/false);
   return y.reshape_symint(x.sym_sizes());
 }
 
@@ -79,18 +81,21 @@ TORCH_LIBRARY_IMPL(turnout, CompositeImplicitAutograd, m) {
 
 Activation parse_activation(const std::string& name) { return ops::parse_name("activation", kActivations, name); }
 std::string to_string(Activation activation) { return ops::name_of(kActivations, activation); }
-bool is_gated(Activation activation) { return activation == Activation::swiglu || activation == Activation::geglu; }
+bool is_gated(Activation activation) {
+  return activation == Activation::swiglu || activation == Activation::geglu ||
+         activation == Activation::swiglu_clamped;
+}
 
 at::Tensor experts(const at::Tensor& x, const at::Tensor& topk_weights, const DispatchPlan& plan,
-                   const ExpertWeights& weights, Activation activation) {
+                   const ExpertWeights& weights, Activation activation, bool weight_before_down) {
   return call_experts(x, topk_weights, plan, weights.up, weights.down, weights.up_bias, weights.down_bias,
-                      to_string(activation), /*recompute=*/false);
+                      to_string(activation), /*recompute=*/false, weight_before_down);
 }
 
 at::Tensor fused_experts(const at::Tensor& x, const at::Tensor& topk_ids, const at::Tensor& topk_weights,
-                         const ExpertWeights& weights, Activation activation) {
+                         const ExpertWeights& weights, Activation activation, bool weight_before_down) {
   return fused_experts_op(x, topk_ids, topk_weights, weights.up, weights.down, weights.up_bias, weights.down_bias,
-                          to_string(activation), /*recompute=*/false);
+                          to_string(activation), /*recompute=*/false, weight_before_down);
 }
 
 at::Tensor feed_forward(const at::Tensor& x, const at::Tensor& up, const at::Tensor& down, Activation activation,

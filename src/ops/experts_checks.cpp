@@ -34,7 +34,10 @@ void check_routed(const ExpertsArgs& args) {
   check_dim(kOp, "x", args.x, 2, "[tokens, hidden]");
   check_floating(kOp, "x", args.x);
   check_plan_tensors(kOp, args.token_of_row, args.row_of_choice, args.x);
-  check_size(kOp, "token_of_row", args.token_of_row, 0, args.row_of_choice.sym_numel(), "tokens · top_k");
+  // Fewer rows than choices: plans in which experts pick tokens.
+  TORCH_CHECK_VALUE(args.token_of_row.sym_size(0) <= args.row_of_choice.sym_numel(), kOp, ": token_of_row has shape ",
+                    args.token_of_row.sym_sizes(), ", expected at most ", args.row_of_choice.sym_numel(),
+                    " rows (tokens · top_k)");
   check_dim(kOp, "expert_offsets", args.expert_offsets, 1, "[experts + 1]");
   TORCH_CHECK_TYPE(args.expert_offsets.scalar_type() == at::kLong, kOp, ": expert_offsets is ",
                    args.expert_offsets.scalar_type(), ", expected int64");

@@ -16,6 +16,7 @@ struct ExpertsArgs {
   const at::Tensor& row_of_choice;   // [tokens, top_k]
   at::TensorList up, down, up_bias, down_bias;
   Activation activation;
+  bool weight_before_down = false;  // of the forward: gradients are the same
 
   int64_t num_experts() const { return expert_offsets.size(0) - 1; }
   bool gated() const { return is_gated(activation); }

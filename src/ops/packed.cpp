@@ -25,7 +25,7 @@ int64_t count_experts(at::TensorList up) {
 
 using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
                              const at::Tensor&, const at::Tensor&, c10::string_view, int64_t, at::TensorList,
-                             at::TensorList, c10::string_view);
+                             at::TensorList, c10::string_view, bool);
 
 c10::TypedOperatorHandle<Signature> experts_packed() {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(kPacked, "").typed<Signature>();
@@ -46,7 +46,8 @@ at::Tensor prepack_meta(at::TensorList up, at::TensorList down, c10::string_view
 at::Tensor experts_packed_meta(const at::Tensor& x, const at::Tensor& topk_weights, const at::Tensor& expert_offsets,
                                const at::Tensor& token_of_row, const at::Tensor& row_of_choice,
                                const at::Tensor& packed, c10::string_view /*layout*/, int64_t ffn,
-                               at::TensorList up_bias, at::TensorList down_bias, c10::string_view activation) {
+                               at::TensorList up_bias, at::TensorList down_bias, c10::string_view activation,
+                               bool /*weight_before_down*/) {
   check_packed({x,
                 topk_weights,
                 expert_offsets,
@@ -65,7 +66,7 @@ at::Tensor experts_packed_autograd(const at::Tensor& x, const at::Tensor& topk_w
                                    const at::Tensor& expert_offsets, const at::Tensor& token_of_row,
                                    const at::Tensor& row_of_choice, const at::Tensor& packed, c10::string_view layout,
                                    int64_t ffn, at::TensorList up_bias, at::TensorList down_bias,
-                                   c10::string_view activation) {
+                                   c10::string_view activation, bool weight_before_down) {
   if (at::GradMode::is_enabled())
     for (const auto& [name, tensor] : {std::pair("x", x), std::pair("topk_weights", topk_weights)})
       TORCH_CHECK(!tensor.requires_grad(), kPacked, ": ", name,
@@ -73,7 +74,7 @@ at::Tensor experts_packed_autograd(const at::Tensor& x, const at::Tensor& topk_w
                   "inference; pass the plain weights, or call without gradients");
   at::AutoDispatchBelowADInplaceOrView below;
   return experts_packed().call(x, topk_weights, expert_offsets, token_of_row, row_of_choice, packed, layout, ffn,
-                               up_bias, down_bias, activation);
+                               up_bias, down_bias, activation, weight_before_down);
 }
 
 // Packed weights keep their type under autocast: x follows them, as it must.
@@ -81,12 +82,12 @@ at::Tensor experts_packed_autocast(const at::Tensor& x, const at::Tensor& topk_w
                                    const at::Tensor& expert_offsets, const at::Tensor& token_of_row,
                                    const at::Tensor& row_of_choice, const at::Tensor& packed, c10::string_view layout,
                                    int64_t ffn, at::TensorList up_bias, at::TensorList down_bias,
-                                   c10::string_view activation) {
+                                   c10::string_view activation, bool weight_before_down) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet(c10::DispatchKey::AutocastCPU));
   const auto type = layout.find(" bf16 ") != c10::string_view::npos ? at::kBFloat16 : at::kFloat;
   return experts_packed().call(at::autocast::cached_cast(type, x, c10::DeviceType::CPU), topk_weights.to(at::kFloat),
                                expert_offsets, token_of_row, row_of_choice, packed, layout, ffn, up_bias, down_bias,
-                               activation);
+                               activation, weight_before_down);
 }
 
 TORCH_LIBRARY_IMPL(turnout, CompositeImplicitAutograd, m) { m.impl("packed_layout", packed_layout_op); }
@@ -150,12 +151,13 @@ PackedExperts prepack(const ExpertWeights& weights, Activation activation) {
 }
 
 at::Tensor fused_experts(const at::Tensor& x, const at::Tensor& topk_ids, const at::Tensor& topk_weights,
-                         const PackedExperts& packed) {
-  if (!packed.data.defined()) return fused_experts(x, topk_ids, topk_weights, packed.plain, packed.activation);
+                         const PackedExperts& packed, bool weight_before_down) {
+  if (!packed.data.defined())
+    return fused_experts(x, topk_ids, topk_weights, packed.plain, packed.activation, weight_before_down);
   const auto routed = plan(topk_ids, packed.num_experts);
   return ops::experts_packed().call(x, topk_weights, routed.expert_offsets, routed.token_of_row, routed.row_of_choice,
                                     packed.data, packed.layout, packed.ffn, packed.plain.up_bias,
-                                    packed.plain.down_bias, to_string(packed.activation));
+                                    packed.plain.down_bias, to_string(packed.activation), weight_before_down);
 }
 
 }  // namespace turnout

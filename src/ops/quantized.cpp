@@ -74,7 +74,8 @@ void check_fp8_blocks(const at::Tensor& weight, const at::Tensor& scale_inv, at:
                     ", expected [..., rows, columns]");
   auto expected = leading(weight, 2).vec();
   for (const int axis : {0, 1})  // written so that no size overflows
-    expected.push_back(weight.sym_size(axis - 2) / block[axis] + (weight.sym_size(axis - 2) % block[axis] != 0 ? 1 : 0));
+    expected.push_back(weight.sym_size(axis - 2) / block[axis] +
+                       (weight.sym_size(axis - 2) % block[axis] != 0 ? 1 : 0));
   TORCH_CHECK_VALUE(scale_inv.sym_sizes() == c10::SymIntArrayRef(expected), kDecodeFp8, ": scale_inv has shape ",
                     scale_inv.sym_sizes(), ", expected ", c10::SymIntArrayRef(expected), " for weight ",
                     weight.sym_sizes(), " in blocks of ", block);

@@ -48,11 +48,17 @@ inline at::Tensor naive_expert(const at::Tensor& x, const at::Tensor& up, const 
     case Activation::relu: h = gate.clamp_min(0); break;
     case Activation::silu: case Activation::swiglu: h = gate / (1 + (-gate).exp()); break;
     case Activation::gelu: case Activation::geglu: h = gate * 0.5 * (1 + (gate / std::sqrt(2.0)).erf()); break;
+    case Activation::swiglu_clamped:
+      h = gate.clamp_max(7) / (1 + (-1.702 * gate.clamp_max(7)).exp());
+      break;
     case Activation::gelu_tanh:
       h = 0.5 * gate * (1 + (std::sqrt(2.0 / M_PI) * (gate + 0.044715 * gate.pow(3))).tanh());
       break;
   }
-  if (is_gated(activation)) h = h * pre.narrow(0, pre.size(0) / 2, pre.size(0) / 2);
+  if (is_gated(activation)) {
+    const auto up = pre.narrow(0, pre.size(0) / 2, pre.size(0) / 2);
+    h = h * (activation == Activation::swiglu_clamped ? up.clamp(-7, 7) + 1 : up);
+  }
   const auto y = down.mv(h);
   return down_bias.defined() ? y + down_bias : y;
 }

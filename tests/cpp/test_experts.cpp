@@ -29,7 +29,7 @@ std::vector<Case> cases() {
   std::vector<Case> all;
   for (const auto type : {at::kFloat, at::kDouble, at::kBFloat16})
     for (const auto activation : {Activation::relu, Activation::gelu, Activation::gelu_tanh, Activation::silu,
-                                  Activation::swiglu, Activation::geglu})
+                                  Activation::swiglu, Activation::geglu, Activation::swiglu_clamped})
       for (const bool bias : {false, true})
         for (const bool lists : {false, true}) all.push_back({type, activation, bias, lists});
   return all;
@@ -41,11 +41,13 @@ class ExpertsTest : public ::testing::TestWithParam<Case> {
 
   void SetUp() override {
     at::manual_seed(7);
+    const bool clamped = GetParam().activation == Activation::swiglu_clamped;
     const auto rows = is_gated(GetParam().activation) ? 2 * kFfn : kFfn;
     const auto leaf = [&](at::IntArrayRef shape) {
       return (0.5 * at::randn(shape)).to(GetParam().type).to(at::kDouble).set_requires_grad(true);
     };
     x = leaf({kTokens, kHidden});
+    if (clamped) x = (8 * x.detach()).to(GetParam().type).to(at::kDouble).set_requires_grad(true);  // beyond its clamps
     weights = leaf({kTokens, kTopK});
     up = leaf({kExperts, rows, kHidden});
     down = leaf({kExperts, kHidden, kFfn});
@@ -80,7 +82,7 @@ class ExpertsTest : public ::testing::TestWithParam<Case> {
     return at::stack(rows);
   }
 
-  at::Tensor fused(const std::vector<at::Tensor>& inputs) const {
+  at::Tensor fused(const std::vector<at::Tensor>& inputs, bool weight_before_down = false) const {
     const auto list = [&](const at::Tensor& bank) {
       return GetParam().lists ? bank.unbind(0) : std::vector<at::Tensor>{bank};
     };
@@ -89,7 +91,7 @@ class ExpertsTest : public ::testing::TestWithParam<Case> {
       experts.up_bias = list(inputs[4]);
       experts.down_bias = list(inputs[5]);
     }
-    return fused_experts(inputs[0], chosen, inputs[1], experts, GetParam().activation);
+    return fused_experts(inputs[0], chosen, inputs[1], experts, GetParam().activation, weight_before_down);
   }
 
   std::vector<at::Tensor> in_type() const {
@@ -117,6 +119,17 @@ TEST_P(ExpertsTest, AgreesWithALoopForwardAndBackward) {
               bound(wanted[i], kHidden + kFfn + kTokens, GetParam().type))
         << "gradient " << i;
   EXPECT_TRUE(got[2][3].eq(0).all().item<bool>()) << "an expert without tokens gets zeros";
+}
+
+TEST_P(ExpertsTest, TheWeightBeforeDownChangesNothingButRounding) {
+  const auto truth = naive();
+  const auto inputs = in_type();
+  const auto before = fused(inputs, true), after = fused(inputs);
+  EXPECT_LE((before.to(at::kDouble) - truth).abs().max().item<double>(), bound(truth, kHidden + kFfn, GetParam().type));
+  EXPECT_FALSE(at::equal(before, after));  // it does round at another place
+  const auto seed = at::randn(truth.sizes(), at::kDouble).to(GetParam().type);
+  const auto wanted = torch::autograd::grad({after}, inputs, {seed}), got = torch::autograd::grad({before}, inputs, {seed});
+  for (size_t i = 0; i < wanted.size(); ++i) EXPECT_TRUE(at::equal(got[i], wanted[i])) << "gradient " << i;
 }
 
 TEST_P(ExpertsTest, GivesTheSameBitsFromRunToRun) {

@@ -3,6 +3,7 @@
 
 #include <turnout/hierarchical_moe.h>
 #include <turnout/moe.h>
+#include <turnout/router_variants.h>
 #include <turnout/slots.h>
 
 
@@ -118,8 +119,61 @@ TEST(MoE, ChoosesByItsSelectionBias) {
   const auto steered = moe->forward(x);
   EXPECT_TRUE(steered.routing.topk_ids.eq(testing::ids({{2, 3}})).all().item<bool>());
   const auto wanted = moe->gate.forward<at::Tensor>(x).sigmoid().narrow(1, 2, 2);
-  EXPECT_TRUE(at::equal(steered.routing.topk_weights, wanted));
+  EXPECT_TRUE(at::allclose(steered.routing.topk_weights, wanted, /*rtol=*/4 * 1.2e-7, /*atol=*/0));
   EXPECT_TRUE(at::equal(steered.routing.scores, free.routing.scores));
+}
+
+TEST(MoE, PaddingTakesNoPlaceAndCountsInNoLoss) {
+  auto options = small();
+  options.z_coefficient = 1;
+  options.capacity.fixed = 2;
+  MoE moe(options);
+  const auto x = at::randn({2, 4, 6});
+  const auto mask = at::tensor({1, 1, 0, 0, 0, 1, 1, 0}).to(at::kBool).view({2, 4});
+  const auto padded = moe->forward(x, mask);
+  const auto real = moe->forward(x.index({mask}));
+  EXPECT_TRUE(at::allclose(padded.output.index({mask}), real.output, 1e-5, 1e-6));
+  EXPECT_TRUE(padded.output.index({mask.logical_not()}).eq(0).all().item<bool>());
+  EXPECT_TRUE(at::allclose(padded.aux_loss, real.aux_loss, 1e-5));
+  EXPECT_TRUE(at::equal(padded.dropped, real.dropped));
+  EXPECT_SAYS(moe->forward(x, mask[0]), "token_mask has shape [4], expected [2, 4] (x without hidden)");
+}
+
+TEST(MoE, NoiseAndJitterActInTrainingAlone) {
+  auto options = small();
+  options.noisy = true;
+  options.jitter = 0.5;
+  MoE moe(options);
+  const auto x = at::randn({9, 6});
+  moe->eval();
+  EXPECT_TRUE(at::equal(moe->forward(x).routing.scores, route(moe->gate.forward<at::Tensor>(x), 2).scores));
+  moe->train();
+  at::manual_seed(6);
+  const auto seen = moe->forward(x).routing.scores;
+  at::manual_seed(6);
+  const auto jittered = jitter(x, 0.5);
+  const auto noisy = noisy_logits(moe->gate.forward<at::Tensor>(jittered), at::zeros({9, 4}));
+  EXPECT_TRUE(at::equal(seen, route(noisy.logits, 2).scores));
+  EXPECT_EQ(moe->noise_gate->weight.sizes(), (at::IntArrayRef{4, 6}));
+  options.jitter = 1;
+  EXPECT_SAYS(MoE{options}, "turnout::MoE: jitter is 1, expected 0 to below 1");
+}
+
+TEST(MoE, KeepsItsGateInTheTypeOfItsWeights) {
+  at::manual_seed(16);
+  MoE moe(small());
+  moe->to(at::kBFloat16);
+  const auto x = at::randn({20, 6}).to(at::kBFloat16);
+  const auto& weight = moe->gate.get<torch::nn::Linear>()->weight;
+  const auto error = [&](const at::Tensor& logits) {
+    const auto scores = moe->forward(x).routing.scores;
+    return (scores - logits.to(at::kFloat).softmax(-1)).abs().max().item<double>();
+  };
+  EXPECT_LT(error(at::linear(x, weight)), 1e-6);
+  moe->gate.ptr()->to(at::kFloat);
+  EXPECT_LT(error(at::linear(x.to(at::kFloat), weight)), 1e-6);
+  EXPECT_GT(error(at::linear(x, weight.to(at::kBFloat16))), 1e-6);
+  EXPECT_EQ(moe->forward(x).output.scalar_type(), at::kBFloat16);
 }
 
 TEST(MoE, ServesABatchWithoutTokensInEveryConfiguration) {

@@ -106,6 +106,23 @@ TEST(LimitCapacity, DropsCountsAndRenormalizes) {
   EXPECT_EQ(numbers(by_score.routing.topk_ids), (Numbers{0, 1, -1, 1, 0, 2}));
 }
 
+TEST(ApplyCapacity, IsThePlacesAndTheDropsInOne) {
+  const auto routing = routing_of(ids({{0, 1}, {0, 1}, {0, 2}}), at::tensor({.75, .25, .5, .5, .9, .1}).view({3, 2}));
+  CapacityOptions options;
+  options.factor = 0.9;  // 0.9 · 3 tokens · 2 choices / 3 experts = 1.8 places
+  EXPECT_EQ(numbers(apply_capacity(routing, 3, 3, options).routing.topk_ids), (Numbers{0, 1, 0, 1, -1, 2}));
+  options.rounding = CapacityRounding::floor;
+  options.order = DropOrder::score;
+  options.renormalize = true;
+  const auto one = apply_capacity(routing, 3, 3, options);
+  EXPECT_EQ(numbers(one.routing.topk_ids), (Numbers{-1, -1, -1, 1, 0, 2}));
+  EXPECT_DOUBLE_EQ(one.routing.topk_weights[1][1].item<double>(), 1.0);
+  EXPECT_EQ(one.dropped.item<int64_t>(), 3);
+  const auto all = apply_capacity(routing, 3, 3, {});
+  EXPECT_TRUE(all.routing.topk_ids.equal(routing.topk_ids));
+  EXPECT_EQ(all.dropped.item<int64_t>(), 0);
+}
+
 TEST(LimitCapacity, IsSeededWhenRandomAndLeavesNanOfATokenWithoutPlaces) {
   const auto chosen = at::zeros({40, 1}, at::kLong);
   const auto kept = [&](int64_t seed) {

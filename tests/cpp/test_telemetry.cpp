@@ -72,7 +72,7 @@ TEST(Telemetry, SumsAnIntervalAndLooksAtItsLastStep) {
     EXPECT_EQ(line["choices"], load[0] + load[1] + load[2] + load[3] + dropped);
     const LayerReport& observed = reports[2].layers[static_cast<size_t>(layer)];
     EXPECT_EQ(line["layer"], observed.layer);
-    EXPECT_DOUBLE_EQ(line["entropy"], observed.statistics.entropy);
+    EXPECT_DOUBLE_EQ(line["entropy"], observed.statistics.entropy.item<double>());
     EXPECT_DOUBLE_EQ(line["z_loss"], *observed.z_loss);
     EXPECT_DOUBLE_EQ(line["balance_loss"], *observed.balance_loss);
     EXPECT_GT(line["logit_rms"], 0.0);

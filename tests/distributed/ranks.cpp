@@ -110,8 +110,9 @@ WorldOptions local_world(int64_t ranks, std::chrono::milliseconds timeout) {
   return options;
 }
 
-void on_ranks(int64_t ranks, const std::function<void(World&)>& body) {
-  const auto common = local_world(ranks);
+void on_ranks(int64_t ranks, const std::function<void(World&)>& body, const std::string& backend) {
+  auto common = local_world(ranks);
+  common.backend = backend;
   const auto endings = fork_ranks(
       ranks,
       [&](int64_t rank) {

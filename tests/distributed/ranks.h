@@ -32,6 +32,6 @@ std::vector<Ending> fork_ranks(int64_t ranks, const std::function<std::string(in
 WorldOptions local_world(int64_t ranks, std::chrono::milliseconds timeout = std::chrono::seconds(20));
 
 /// Runs the body on ranks of a world; the test fails where one of them fails.
-void on_ranks(int64_t ranks, const std::function<void(World&)>& body);
+void on_ranks(int64_t ranks, const std::function<void(World&)>& body, const std::string& backend = "gloo");
 
 }  // namespace turnout::testing

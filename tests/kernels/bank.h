@@ -82,6 +82,8 @@ struct Config {
   DType dtype = DType::f32;
   Activation activation = Activation::gelu;
   bool bias = false;
+  bool weight_before_down = false;
+  double scale = 1;  ///< of x: beyond 1 to reach the clamps
   int64_t tokens = 8, hidden = 32, ffn = 32, experts = 4, top_k = 2;
   bool integers = false;    ///< weights and x in {-1, 0, 1}: every sum is exact
   double dropped = 0;       ///< share of choices that are not sent
@@ -101,7 +103,7 @@ class Bank {
     const int64_t U = is_gated(c.activation) ? 2 * c.ffn : c.ffn;
     x_ = Buffer(c.dtype, c.tokens * (c.hidden + 3), c.skew);
     grad_y_ = Buffer(c.dtype, c.tokens * c.hidden, c.skew);
-    fill(x_, 1);
+    fill(x_, c.scale);
     fill(grad_y_, 1);
     for (int64_t e = 0; e < c.experts; ++e) {
       add(up_, up_p_, U * c.hidden, 1 / std::sqrt(static_cast<double>(c.hidden)));
@@ -119,7 +121,7 @@ class Bank {
     ExpertsProblem q;
     q.tokens = c_.tokens, q.hidden = c_.hidden, q.ffn = c_.ffn, q.num_experts = c_.experts, q.top_k = c_.top_k;
     q.rows = offsets_.back();
-    q.dtype = c_.dtype, q.activation = c_.activation;
+    q.dtype = c_.dtype, q.activation = c_.activation, q.weight_before_down = c_.weight_before_down;
     q.x = x_.data(), q.x_stride = c_.hidden + 3;
     q.up = up_p_.data(), q.down = down_p_.data();
     if (c_.bias) q.up_bias = up_bias_p_.data(), q.down_bias = down_bias_p_.data();
@@ -181,9 +183,12 @@ class Bank {
   }
 
   /// The same bank with the absolute value of every number, in double: what flows through it are the sums of |a||b|.
+  /// Without clamps, which would hide sizes: g·σ(1.702·g) ≤ silu's 1.1·g, and |v + 1| ≤ |v| + 1, a bias of up.
   Bank absolute() const {
     Config wide = c_;
     wide.dtype = DType::f64;
+    const bool clamped = c_.activation == Activation::swiglu_clamped;
+    if (clamped) wide.activation = Activation::swiglu, wide.bias = true;
     Bank bank(wide);  // the seed gives the same routing
     const auto copy = [](Buffer& to, const Buffer& from) {
       for (int64_t i = 0; i < to.size(); ++i) to.set(i, std::abs(from.get(i)));
@@ -192,8 +197,22 @@ class Bank {
     for (size_t e = 0; e < up_.size(); ++e) {
       copy(bank.up_[e], up_[e]), copy(bank.down_[e], down_[e]);
       copy(bank.up_bias_[e], up_bias_[e]), copy(bank.down_bias_[e], down_bias_[e]);
+      if (!clamped) continue;
+      for (int64_t i = 0; i < 2 * c_.ffn; ++i)
+        bank.up_bias_[e].set(i, (c_.bias ? bank.up_bias_[e].get(i) : 0) + (i < c_.ffn ? 0 : 1));
+      for (int64_t d = 0; d < c_.hidden && !c_.bias; ++d) bank.down_bias_[e].set(d, 0);
     }
+    bank.up_offset_ = clamped ? 1 : 0;
     return bank;
+  }
+
+  /// |u|, for a backward of absolute().
+  Buffer magnitudes_of(const Buffer& saved) const {
+    const int64_t U = problem().up_rows();
+    Buffer u(DType::f64, saved.size());
+    for (int64_t i = 0; i < u.size(); ++i)
+      u.set(i, std::abs(saved.get(i)) + (i % U < c_.ffn ? 0 : up_offset_));
+    return u;
   }
 
   Buffer& x() { return x_; }
@@ -237,51 +256,12 @@ class Bank {
 
   Config c_;
   std::mt19937 random_;
+  double up_offset_ = 0;  // what absolute() adds to the up rows
   Buffer x_, grad_y_, weights_;
   std::vector<Buffer> up_, down_, up_bias_, down_bias_;
   std::vector<const void*> up_p_, down_p_, up_bias_p_, down_bias_p_;
   std::vector<int64_t> offsets_, token_of_row_, row_of_choice_;
 };
-
-/// "" where `got` is within `relative` · (|want| + max |want|) of `want`, else the first bad element in words.
-/// The maximum counts as 0.1 at least: sums are built of terms of that order (inputs are within ±1) even where they
-/// cancel.
-inline std::string compare(const Buffer& got, const Buffer& want, double relative) {
-  if (!got.intact()) return "wrote behind the end";
-  double scale = 0.1;
-  for (int64_t i = 0; i < want.size(); ++i) scale = std::max(scale, std::abs(want.get(i)));
-  for (int64_t i = 0; i < want.size(); ++i) {
-    const double g = got.get(i), w = want.get(i);
-    if (!(std::abs(g - w) <= relative * (std::abs(w) + scale)))
-      return "element " + std::to_string(i) + " of " + std::to_string(want.size()) + ": " + std::to_string(g) +
-             ", want " + std::to_string(w) + ", scale " + std::to_string(scale);
-  }
-  return "";
-}
-
-/// compare() over every output; names the first that differs.
-inline std::string compare(const Outputs& got, const Outputs& want, double relative, bool bias) {
-  const auto one = [&](const char* name, const Buffer& g, const Buffer& w) {
-    const std::string s = compare(g, w, relative);
-    return s.empty() ? s : std::string(name) + ": " + s;
-  };
-  std::string s;
-  const auto note = [&](std::string found) {
-    if (s.empty()) s = std::move(found);
-  };
-  note(one("y", got.y, want.y));
-  note(one("saved_up", got.saved, want.saved));
-  note(one("grad_x", got.grad_x, want.grad_x));
-  note(one("grad_topk_weights", got.grad_weights, want.grad_weights));
-  for (size_t e = 0; e < got.grad_up.size(); ++e) {
-    note(one("grad_up", got.grad_up[e], want.grad_up[e]));
-    note(one("grad_down", got.grad_down[e], want.grad_down[e]));
-    if (!bias) continue;
-    note(one("grad_up_bias", got.grad_up_bias[e], want.grad_up_bias[e]));
-    note(one("grad_down_bias", got.grad_down_bias[e], want.grad_down_bias[e]));
-  }
-  return s;
-}
 
 /// Implementations that this machine runs, the reference left out.
 inline std::vector<const Implementation*> runnable() {

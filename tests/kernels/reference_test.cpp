@@ -28,10 +28,10 @@ void expect_gradient(Bank& bank, Buffer& input, int64_t i, double got, const cha
 }
 
 TEST(Reference, GradientsMatchFiniteDifferences) {
-  for (Activation a :
-       {Activation::gelu, Activation::gelu_tanh, Activation::silu, Activation::swiglu, Activation::geglu}) {
+  for (Activation a : {Activation::gelu, Activation::gelu_tanh, Activation::silu, Activation::swiglu,
+                       Activation::geglu, Activation::swiglu_clamped}) {
     Config c;
-    c.dtype = DType::f64, c.activation = a, c.bias = true;
+    c.dtype = DType::f64, c.activation = a, c.bias = true, c.weight_before_down = a >= Activation::swiglu;
     c.tokens = 5, c.hidden = 4, c.ffn = 3, c.experts = 3, c.top_k = 2, c.dropped = 0.2;
     Bank bank(c);
     const Outputs o = bank.run(find("reference"));

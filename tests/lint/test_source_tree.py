@@ -22,12 +22,13 @@ MAY_INCLUDE = {
 LEVEL_OF_HEADER = {
     "runtime.h": "ops",
     "router.h": "ops",
+    "router_variants.h": "ops",
     "balance.h": "ops",
+    "statistics.h": "ops",
     "plan.h": "ops",
     "slots.h": "ops",
     "experts.h": "ops",
     "combine.h": "ops",
-    "statistics.h": "ops",
     "world.h": "distributed",
     "quantized.h": "ops",
     "exchange.h": "distributed",
@@ -103,8 +104,8 @@ def refusal(root, path, quoted, name):
         return "there is no such file"
     if parts[0] not in MAY_INCLUDE[level]:
         return f"{level} may not include {parts[0]}"
-    if level != "kernels" and parts[0] == "kernels" and parts[1:] not in {("table.h",), ("routing.h",)}:
-        return f"{level} reaches the kernels through kernels/table.h and kernels/routing.h alone"
+    if level != "kernels" and parts[0] == "kernels" and parts[1:] not in {("table.h",), ("router.h",), ("routing.h",)}:
+        return f"{level} reaches the kernels through kernels/table.h, router.h and routing.h alone"
     stage = path.relative_to(root / "src").parts[1]
     if level == "ops" and stage == "autograd" and parts[:2] in {("ops", "cpu"), ("ops", "aten"), ("ops", "meta")}:
         return "autograd reaches the backends through the dispatcher"

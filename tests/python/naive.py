@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu")
-GATED = ("swiglu", "geglu")
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "swiglu_clamped")
+GATED = ("swiglu", "geglu", "swiglu_clamped")
 
 
 def activate(pre: Tensor, name: str) -> Tensor:
@@ -22,6 +22,9 @@ def activate(pre: Tensor, name: str) -> Tensor:
     if name in plain:
         return plain[name](pre)
     gate, up = pre.chunk(2, -1)
+    if name == "swiglu_clamped":
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
     return (F.silu(gate) if name == "swiglu" else F.gelu(gate)) * up
 
 

@@ -7,8 +7,9 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 import turnout
-from naive import ACTIVATIONS, assert_close, bank, mixture, of_bank, perceptron
+from naive import ACTIVATIONS, activate, assert_close, bank, mixture, of_bank, perceptron
 
 TOKENS, TOP_K, EXPERTS, HIDDEN, FFN = 24, 3, 5, 8, 12
 TERMS = HIDDEN + FFN + TOP_K
@@ -59,6 +60,68 @@ def test_low_precision(dtype, activation) -> None:
     assert y.dtype == dtype
     # four roundings to the low type a row (pre-activation, activation, row, sum), each of a value near the result
     assert float((y.double() - expected).abs().amax()) <= 8 * torch.finfo(dtype).eps * float(expected.abs().amax())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_clamped_swiglu_is_that_of_gpt_oss(dtype, recompute) -> None:
+    """Against transformers' own experts, weights interleaved and transposed as theirs, with values beyond the clamps."""
+    module = gpt_oss_experts().to(dtype)
+    x = torch.randn(TOKENS, HIDDEN, dtype=dtype, requires_grad=True)
+    ids = torch.rand(TOKENS, EXPERTS).argsort(-1)[:, :TOP_K].contiguous()
+    weights = torch.rand(TOKENS, TOP_K, dtype=dtype, requires_grad=True)
+    expected = module(x, ids, weights)
+    leaves = [x, weights, *module.parameters()]
+    up = torch.cat([module.gate_up_proj[..., i::2].transpose(1, 2) for i in (0, 1)], 1)
+    up_bias = torch.cat([module.gate_up_proj_bias[..., i::2] for i in (0, 1)], 1)
+    w = {"up": up, "down": module.down_proj.transpose(1, 2), "up_bias": up_bias, "down_bias": module.down_proj_bias}
+    assert float(F.linear(x, up[0], up_bias[0]).detach().abs().amax()) > 14
+    y = run(x, ids, weights, w, "swiglu_clamped", recompute=recompute)
+    assert_close(y, expected, TERMS)
+    probe = torch.randn_like(x)
+    wanted = gradients((expected * probe).sum(), leaves)
+    for a, e in zip(gradients((y * probe).sum(), leaves), wanted, strict=True):
+        assert_close(a, e, TERMS + TOKENS * TOP_K)
+
+
+def gpt_oss_experts() -> torch.nn.Module:
+    transformers = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    config = transformers.GptOssConfig(hidden_size=HIDDEN, intermediate_size=FFN, num_local_experts=EXPERTS)
+    module = transformers.GptOssExperts(config)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=4 if parameter is module.gate_up_proj else 1)
+    return module
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "swiglu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_weight_before_down(dtype, activation, bias) -> None:
+    """Megatron's order, as it stands there: act(…) times its weight in the low type, the bias of down times it too."""
+    w = bank(EXPERTS, HIDDEN, FFN, activation, dtype, bias)
+    x = torch.randn(TOKENS, HIDDEN).to(dtype)
+    ids, weights = routing(dtype=torch.float32)
+    wide = {name: None if t is None else t.double() for name, t in w.items()}
+    expected = []
+    for t in range(TOKENS):
+        y = torch.zeros(HIDDEN, dtype=torch.float64)
+        for k, e in enumerate(ids[t].tolist()):
+            if e < 0:
+                continue
+            up_bias, down_bias = (None if wide[name] is None else wide[name][e] for name in ("up_bias", "down_bias"))
+            h = activate(F.linear(x[t].double(), wide["up"][e], up_bias), activation)
+            h = (h * weights[t, k]).to(dtype).double()
+            y = y + F.linear(h, wide["down"][e]) + (0 if down_bias is None else down_bias * weights[t, k])
+        expected.append(y)
+    expected = torch.stack(expected)
+    y = run(x, ids, weights, w, activation, weight_before_down=True)
+    packed = turnout.prepack(w["up"], w["down"], activation, up_bias=w["up_bias"], down_bias=w["down_bias"])
+    for actual in (y, turnout.fused_experts(x, ids, weights, packed, weight_before_down=True)):
+        # the sums' rounding, and in bfloat16 that of the output and of a tie of act(…) gone the other way
+        assert float((actual.double() - expected).abs().amax()) <= (
+            (4 * TERMS if dtype != torch.bfloat16 else 2) * torch.finfo(dtype).eps * float(expected.abs().amax())
+        )
 
 
 def gradients(loss, tensors):

@@ -107,14 +107,33 @@ def test_route_top2(policy, with_importance) -> None:
     assert gradcheck(call, [leaf(2, 4, 3)])
 
 
+MASKS = {"all": None, "masked": torch.tensor([True, False, True, True])}
+
+
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("group_size", [0, 2])
 @pytest.mark.parametrize("count", ["per_assignment", "per_token", "first_choice"])
-def test_balance_loss(count, group_size) -> None:
-    assert gradcheck(lambda scores: turnout.balance_loss(scores, IDS, count, group_size), [leaf(4, 3)])
+def test_balance_loss(count, group_size, mask) -> None:
+    def call(scores):
+        return turnout.balance_loss(scores, IDS, count, group_size, token_mask=MASKS[mask])
+
+    assert gradcheck(call, [leaf(4, 3)])
 
 
-def test_z_loss() -> None:
-    assert gradcheck(turnout.z_loss, [leaf(4, 3)])
+@pytest.mark.parametrize("mask", MASKS)
+def test_z_loss(mask) -> None:
+    assert gradcheck(lambda logits: turnout.z_loss(logits, token_mask=MASKS[mask]), [leaf(4, 3)])
+
+
+def test_jitter() -> None:
+    uniform = torch.rand(4, 3, dtype=torch.float64)
+    assert gradcheck(lambda x: turnout.jitter(x, 0.3, uniform=uniform), [leaf(4, 3)])
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("weights", ["normalized", "probability", "softmax_of_topk"])
+def test_route_chosen(weights, score) -> None:
+    assert gradcheck(lambda logits: turnout.route_chosen(logits, IDS, weights, score=score)[1:], [leaf(4, 3)])
 
 
 @pytest.mark.parametrize("renormalize", [False, True])

@@ -21,9 +21,21 @@ def moe(**options) -> turnout.MoE:
                        **options)  # fmt: skip
 
 
+class Masked(nn.Module):
+    """Every third token is padding."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> turnout.MoEOutput:
+        return self.layer(x, (torch.arange(x.shape[1]) % 3 != 0).expand(x.shape[:-1]))
+
+
 LAYERS = {
     "MoE": moe,
     "MoE with capacity": lambda: moe(capacity=turnout.CapacityOptions(factor=1.0)),
+    "MoE with a mask": lambda: Masked(moe()),
     "MoE with a selection bias": lambda: moe(router={"score": "sigmoid", "scale": 2.5}, selection_bias=True),
     "MoE of modules": lambda: turnout.MoE(
         HIDDEN, FFN, EXPERTS, experts=[turnout.nn.Perceptron(HIDDEN, FFN) for _ in range(EXPERTS)]
@@ -74,6 +86,7 @@ def test_parameters_can_be_made_on_the_meta_device(name) -> None:
     made = (turnout.MoE(HIDDEN, FFN, EXPERTS, **how) if name == "MoE"
             else turnout.HierarchicalMoE(HIDDEN, FFN, (2, 2), **how))  # fmt: skip
     assert all(p.is_meta and p.dtype == torch.bfloat16 for p in made.parameters())
+    assert made(inputs().to(**how)).output.is_meta
     made.to_empty(device="cpu")
     for module in made.modules():
         if hasattr(module, "reset_parameters"):
@@ -91,17 +104,33 @@ def test_draws_are_those_of_linear_layers() -> None:
 
 @layers
 def test_autocast_is_the_layer_in_the_lower_type(name) -> None:
+    """All but the gate of MoE, which stays in the type of its weights."""
     layer, x = LAYERS[name](), inputs()
     lower = copy.deepcopy(layer).bfloat16()
-    expected = lower(x.bfloat16())
+    for mine, theirs in zip(lower.modules(), layer.modules(), strict=True):
+        if isinstance(mine, turnout.MoE):
+            mine.gate = copy.deepcopy(theirs.gate)
     with torch.autocast("cpu", torch.bfloat16):
-        made = layer(x)
+        made = layer(x.bfloat16())
+    expected = lower(x.bfloat16())
     assert made.output.dtype == torch.bfloat16
     assert torch.equal(made.output, expected.output)
     assert made.aux_loss.dtype == torch.float32
     assert torch.equal(made.aux_loss, expected.aux_loss)
     (made.output.float().square().sum() + made.aux_loss).backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_the_gate_keeps_its_type() -> None:
+    layer, x = turnout.MoE(HIDDEN, FFN, EXPERTS), inputs()
+    expected = layer(x).routing.scores
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x).routing.scores, expected)
+    layer.bfloat16().gate.float()
+    seen = []
+    layer.gate.register_forward_hook(lambda *_: seen.append(_[-1].dtype))
+    assert layer(x.bfloat16()).output.dtype == torch.bfloat16
+    assert seen == [torch.float32]
 
 
 @layers
@@ -141,6 +170,14 @@ def test_exports_for_any_number_of_tokens() -> None:
         made = program.module()(x)
         assert_close(made.output, layer(x).output, TERMS)
         assert torch.equal(made.routing.topk_ids, layer(x).routing.topk_ids)
+
+
+def test_other_sizes_break_no_graph_with_capacity() -> None:
+    layer = LAYERS["MoE with capacity"]()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for tokens in (8, 16, 24, 7):
+        x = torch.randn(2, tokens, HIDDEN)
+        same(step(layer, compiled, x), step(layer, layer, x))
 
 
 @pytest.mark.parametrize("name", ["MoE with capacity", "HierarchicalMoE"])

@@ -98,6 +98,30 @@ def test_losses() -> None:
     assert not without.aux_loss.requires_grad
 
 
+def test_padding_takes_no_place_and_counts_in_no_loss() -> None:
+    layer = turnout.MoE(HIDDEN, FFN, EXPERTS, z_coefficient=1, capacity=turnout.CapacityOptions(fixed=2))
+    x, mask = torch.randn(2, 4, HIDDEN), torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0]]).bool()
+    padded, real = layer(x, mask), layer(x[mask])
+    assert_close(padded.output[mask], real.output, TERMS)
+    assert not padded.output[~mask].any()
+    assert_close(padded.aux_loss, real.aux_loss, 32)
+    assert torch.equal(padded.dropped, real.dropped)
+    with pytest.raises(ValueError, match=r"token_mask has shape \[4\], expected \[2, 4\] \(x without hidden\)"):
+        layer(x, mask[0])
+
+
+def test_noise_and_jitter_act_in_training_alone() -> None:
+    layer = turnout.MoE(HIDDEN, FFN, EXPERTS, noisy=True, jitter=0.5)
+    x = torch.randn(9, HIDDEN)
+    assert torch.equal(layer.eval()(x).routing.scores, turnout.route(layer.gate(x), 2).scores)
+    torch.manual_seed(6)
+    seen = layer.train()(x).routing.scores
+    torch.manual_seed(6)
+    noisy = turnout.noisy_logits(layer.gate(turnout.jitter(x, 0.5)), torch.zeros(9, EXPERTS))
+    assert torch.equal(seen, turnout.route(noisy.logits, 2).scores)
+    assert layer.noise_gate.weight.shape == (EXPERTS, HIDDEN) and not layer.noise_gate.weight.any()
+
+
 @pytest.mark.parametrize("capacity", [{}, {"factor": 1.0}, {"fixed": 3, "per_sequence": True}])
 def test_no_tokens(capacity) -> None:
     layer = turnout.MoE(HIDDEN, FFN, EXPERTS, shared_ffn=3, z_coefficient=1, capacity=turnout.CapacityOptions(**capacity))
@@ -106,6 +130,62 @@ def test_no_tokens(capacity) -> None:
     assert float(made.aux_loss.detach()) == 0
     (made.output.sum() + made.aux_loss).backward()
     assert all(not p.grad.any() for p in layer.parameters())
+
+
+def test_padding_takes_no_part() -> None:
+    layer = turnout.MoE(HIDDEN, FFN, EXPERTS, z_coefficient=0.1, capacity=turnout.CapacityOptions(fixed=3))
+    x, mask = torch.randn(2, 8, HIDDEN), torch.rand(2, 8) < 0.6
+    made, alone = layer(x, mask), layer(x[mask])
+    assert torch.equal(made.output[mask], alone.output)
+    assert not made.output[~mask].any()
+    assert torch.equal(made.plan.tokens_per_expert, alone.plan.tokens_per_expert)
+    assert torch.equal(made.dropped, alone.dropped)
+    assert_close(made.aux_loss, alone.aux_loss, 16)
+
+
+def test_jitter_and_noise_are_of_training_alone() -> None:
+    x = torch.randn(50, HIDDEN)
+    for options in ({"jitter": 0.5}, {"jitter": 0.5, "jitter_experts": True}, {"noisy": True}):
+        layer = turnout.MoE(HIDDEN, FFN, EXPERTS, **options)
+        torch.manual_seed(1)
+        first = layer(x).output
+        assert not torch.equal(layer(x).output, first)
+        torch.manual_seed(1)
+        assert torch.equal(layer(x).output, first)
+        plain = turnout.MoE(HIDDEN, FFN, EXPERTS)
+        plain.load_state_dict({k: v for k, v in layer.state_dict().items() if "noise" not in k})
+        assert torch.equal(layer.eval()(x).output, plain(x).output)
+
+
+def test_jitter_in_place_of_the_input() -> None:
+    """The experts see what the gate sees: as the layer without jitter on the jittered input."""
+    layer = turnout.MoE(HIDDEN, FFN, EXPERTS, jitter=0.3, jitter_experts=True)
+    x = torch.randn(20, HIDDEN)
+    torch.manual_seed(1)
+    made = layer(x).output
+    torch.manual_seed(1)
+    assert torch.equal(made, layer.eval()(turnout.jitter(x, 0.3)).output)
+
+
+def test_noise_reaches_its_gate() -> None:
+    layer = turnout.MoE(HIDDEN, FFN, EXPERTS, router="noisy_topk", noisy=True)
+    layer(torch.randn(50, HIDDEN)).output.square().sum().backward()
+    assert layer.noise_gate.weight.grad.any()
+
+
+def test_selection_bias_evens_the_load() -> None:
+    layer = turnout.MoE(HIDDEN, FFN, EXPERTS, 1, gate_bias=True, selection_bias=True, balance_coefficient=0)
+    with torch.no_grad():
+        layer.gate.bias[0] += 2
+    x = torch.randn(400, HIDDEN)
+
+    def counts() -> torch.Tensor:
+        return turnout.expert_counts(layer(x).routing.topk_ids, EXPERTS)
+
+    assert int(counts()[0]) > 300
+    for _ in range(200):
+        layer.selection_bias.copy_(turnout.update_selection_bias(layer.selection_bias, counts(), 1e-2))
+    assert int(counts().max()) < 150  # the mean is 100
 
 
 class Scale(nn.Module):
@@ -183,10 +263,11 @@ ERRORS = [
     (lambda: turnout.MoE(8, 4, 4, router={"weight": "raw"}), TypeError, "unexpected keyword argument 'weight'"),
     (lambda: turnout.MoE(8, 4, 4, load_count="x"), ValueError, "load_count is 'x', expected one of per_assignment"),
     (lambda: turnout.MoE(8, 4, 4, z_coefficient=-1.0), ValueError, "z_coefficient is -1.0, expected a finite number"),
+    (lambda: turnout.MoE(8, 4, 4, jitter=1.0), ValueError, "jitter: amount is 1, expected 0 to below 1"),
     (lambda: turnout.MoE(8, 4, 4, shared_gated=True), ValueError, "shared_ffn is 0, expected at least 1"),
     (lambda: turnout.MoE(8, 4, 4, capacity=turnout.CapacityOptions(factor=-1.0)), ValueError, "factor is -1"),
     (lambda: turnout.MoE(8, 4, 4, capacity=turnout.CapacityOptions(fixed=1, order="late")), ValueError,
-     "capacity.order is 'late', expected one of choice"),
+     "drop order is 'late', expected one of choice"),
     (lambda: turnout.MoE(8, 4, 4, experts=[nn.Linear(8, 8)]), ValueError, "experts holds 1 experts, expected 4"),
     (lambda: turnout.MoE(8, 4, 1, 1, experts=["a"]), TypeError, r"experts\[0\] is a str, expected a torch.nn.Module"),
     (lambda: turnout.MoE(8, 4, 4, experts=[]), ValueError, "experts is empty, expected at least one module"),
@@ -194,6 +275,8 @@ ERRORS = [
     (lambda: turnout.MoE(6, 4, 4)(X.long()), TypeError, "MoE: x is torch.int64, expected a floating-point tensor"),
     (lambda: turnout.MoE(6, 4, 4, capacity=turnout.CapacityOptions(fixed=1, per_sequence=True))(X[0]), ValueError,
      r"x has shape \[6\], expected \[..., sequence, hidden\]"),
+    (lambda: turnout.MoE(6, 4, 4)(X, torch.ones(3, dtype=torch.bool)), ValueError, r"token_mask has shape \[3\], expected \[4\]"),
+    (lambda: turnout.MoE(6, 4, 4, jitter=1.0), ValueError, "jitter: amount is 1"),
     (lambda: turnout.MoE(6, 4, 4, gate=nn.Linear(6, 3))(X), ValueError, r"gate's output has shape \[4, 3\], expected"),
     (lambda: turnout.HierarchicalMoE(8, num_experts=4), ValueError, r"num_experts is 4, expected a pair \(outer, inner\)"),
     (lambda: turnout.HierarchicalMoE(8, num_experts=(4, 1)), ValueError, "num_experts is 1, expected at least 2"),

@@ -10,6 +10,7 @@ import turnout
 OPS = torch.ops.turnout
 IDS = torch.tensor([[0, 2], [2, -1], [0, 2], [-1, -1]])
 PLAN = turnout.plan(IDS, 3)
+MASK = torch.tensor([True, True, False, True])
 SLOTS = turnout.slot_plan(IDS, 3, 2, 2)
 
 
@@ -41,12 +42,32 @@ def packed_arguments() -> tuple[object, ...]:
 CASES = {
     "topk": lambda: (leaf(4, 5), 2),
     "route": lambda: (leaf(4, 5), 2, "normalized"),
+    "route_forward": lambda: (leaf(4, 6), 2, "sigmoid", "normalized", 0.1, 2.0, 3, 2, 2, "zero", torch.randn(6)),
+    "route_backward": lambda: (
+        torch.randn(4, 2), torch.randn(4, 3), torch.randn(4, 3), IDS.clamp_min(0), torch.rand(4, 3),
+        "softmax", "probability", 0.0, 1.0,
+    ),
+    "route_chosen": lambda: (leaf(4, 3), IDS, "softmax_of_topk"),
+    "jitter": lambda: (leaf(4, 3), 0.25, torch.rand(4, 3)),
+    "noisy_logits": lambda: (leaf(4, 3), leaf(4, 3), 0.01, torch.randn(4, 3)),
+    "noisy_load": lambda: (leaf(4, 3), leaf(4, 3), leaf(4, 3).abs() + 1, 2),
+    "route_expert_choice": lambda: (leaf(4, 3), 2, 4),
+    "sinkhorn": lambda: (torch.randn(4, 3),),
+    "route_sinkhorn": lambda: (leaf(4, 3), 2),
+    "hash_ids": lambda: (torch.arange(6), 5, 2, 7),
     "route_top2": lambda: (leaf(2, 6, 4), "threshold", 0.3),
-    "balance_loss": lambda: (leaf(4, 3), IDS, "per_assignment", 2),
-    "z_loss": lambda: (leaf(4, 3),),
+    "balance_loss": lambda: (leaf(4, 3), IDS, "per_assignment", 2, MASK),
+    "balance_sums": lambda: (leaf(4, 3), IDS, "first_choice", 2, MASK),
+    "balance_loss_of_sums": lambda: (torch.rand(2, 8, requires_grad=True), torch.rand(2, 8)),
+    "z_loss": lambda: (leaf(4, 3), MASK),
+    "expert_importance": lambda: (IDS, leaf(4, 2), 3),
+    "cv_squared": lambda: (leaf(5),),
+    "expert_counts": lambda: (IDS, 3),
+    "update_selection_bias": lambda: (torch.randn(3), torch.tensor([1, 5, 2]), 0.1, True),
+    "routing_statistics": lambda: (torch.rand(4, 3), PLAN[0], torch.tensor(2), MASK),
     "plan": lambda: (IDS, 3),
     "queue_positions": lambda: (IDS, 3, 2, "score", torch.rand(4, 2)),
-    "limit_capacity": lambda: (IDS, leaf(4, 2), 3, 1, 2),
+    "limit_capacity": lambda: (IDS, leaf(4, 2), 3, 1, 2, "random", False, torch.rand(4, 2)),
     "slot_plan": lambda: (IDS, 3, 2, 2),
     "slot_importance": lambda: (torch.rand(4, 2), *SLOTS[1:]),
     "nested_ids": lambda: (IDS, 2, 3),
@@ -55,7 +76,7 @@ CASES = {
     "combine": lambda: (leaf(8, 3), leaf(4, 2), *PLAN[1:]),
     "add_shared": lambda: (leaf(4, 3), leaf(4, 3), leaf(4, 1)),
     "experts": lambda: experts_arguments("bank"),
-    "experts of lists": lambda: experts_arguments("list"),
+    "experts of lists": lambda: (*experts_arguments("list"), False, True),
     "experts_forward": lambda: (*without_gradients(experts_arguments("bank")), True),
     "prepack": lambda: (*without_gradients(expert_lists("list")[:2]), "swiglu"),
     "experts_packed": packed_arguments,
@@ -67,7 +88,9 @@ CASES = {
 
 
 # opcheck adds all outputs up, beginning with the first, and cannot add float to int64: these are compiled elsewhere.
-INTEGERS_FIRST = {"route", "route_top2", "limit_capacity"}
+INTEGERS_FIRST = {
+    "route", "route_forward", "route_top2", "route_chosen", "route_expert_choice", "route_sinkhorn", "limit_capacity", "routing_statistics"
+}
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 # opcheck's test of the schema multiplies the inputs, which torch cannot do in float8.
 FLOAT8_CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -88,6 +111,11 @@ def test_route_with_every_option() -> None:
     torch.library.opcheck(OPS.route.default, (leaf(4, 6), 2), {**options, **tensors}, test_utils=CHECKS)
 
 
+@pytest.mark.parametrize("factor", [0.0, 0.8])
+def test_apply_capacity(factor) -> None:
+    torch.library.opcheck(OPS.apply_capacity.default, (IDS, leaf(4, 2), 3, 2), {"factor": factor}, test_utils=CHECKS)
+
+
 def test_experts_backward() -> None:
     """Without gradients of its own: it refuses a second derivative."""
     x, weights, *rest = without_gradients(experts_arguments("bank"))
@@ -95,12 +123,30 @@ def test_experts_backward() -> None:
     torch.library.opcheck(OPS.experts_backward.default, (torch.randn(4, 3), x, weights, *rest, kept, [True] * 6))
 
 
+@pytest.fixture
+def lone_group():
+    """The name of a process group of one rank."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield torch.distributed.group.WORLD.group_name
+    torch.distributed.destroy_process_group()
+
+
+def test_expert_parallel(lone_group) -> None:
+    arguments = (leaf(4, 3), IDS, leaf(4, 2), *expert_lists("bank"), "swiglu", 3, lone_group, 2)
+    torch.library.opcheck(OPS.expert_parallel.default, arguments)
+    backward = (torch.randn(4, 3), *without_gradients(arguments), [True] * 6)
+    torch.library.opcheck(OPS.expert_parallel_backward.default, backward)
+
+
 def test_no_op_is_left_out() -> None:
     """A new op needs a case here."""
     declared = {
         schema.name.split("::")[1] for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("turnout::")
     }
-    tested = {case.split()[0] for case in CASES} | {"experts_backward"}
+    tested = {case.split()[0] for case in CASES}
+    tested |= {"apply_capacity", "experts_backward", "expert_parallel", "expert_parallel_backward"}
     assert declared - tested == {
-        "expert_capacity", "kernel_choices", "packed_layout", "release_scratch", "router_preset", "router_preset_names"
-    }  # words and numbers out
+        "expert_bounds", "expert_capacity", "kernel_choices", "packed_layout", "release_scratch", "router_preset",
+        "router_preset_names", "convert_checkpoint", "load_moe_layer", "pretrained_moe", "published_tensors",
+    }  # words and numbers out, or files

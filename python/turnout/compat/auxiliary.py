@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .. import _checks as check
-from .. import ops
+from .. import losses, ops
 from ..nn import Perceptron, run_experts
 
 _NAME = "turnout.compat.MoELayer"
@@ -62,8 +62,9 @@ class MoELayer(nn.Module):
         tokens = x.reshape(-1, self.hidden_dim)
         weights = "probability" if self.raw_probabilities else "softmax_of_topk"
         routing = ops.route(self.gate(tokens), self.top_k, weights)
-        aux_loss = ops.balance_loss(routing.scores, routing.topk_ids, "first_choice")
-        y = run_experts(self.experts, tokens, routing.topk_weights, ops.plan(routing.topk_ids, self.num_experts)).view(x.shape)
+        aux_loss = losses.balance_loss(routing.scores, routing.topk_ids, "first_choice")
+        plan = ops.plan(routing.topk_ids, self.num_experts)
+        y = run_experts(self.experts, tokens, routing.topk_weights, plan).view(x.shape)
         if self.dense is not None:
             y = self.alpha * self.dense(x) + (1 - self.alpha) * y
         return y, aux_loss

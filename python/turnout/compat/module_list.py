@@ -56,4 +56,5 @@ class MoeLayer(nn.Module):
                 "(tokens, experts)"
             )
         routing = ops.route(logits, self.num_experts_per_tok, "softmax_of_topk")
-        return run_experts(self.experts, x, routing.topk_weights, ops.plan(routing.topk_ids, len(self.experts))).view(inputs.shape)
+        plan = ops.plan(routing.topk_ids, len(self.experts))
+        return run_experts(self.experts, x, routing.topk_weights, plan).view(inputs.shape)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import _checks as check
-from .. import ops
+from .. import losses, ops
 from ..nn import Perceptron, run_experts
 
 _NAME = "turnout.compat.SimpleMoELayer"
@@ -37,7 +37,7 @@ class SimpleMoELayer(nn.Module):
         top_k: int,
         hidden_dim: int | None = None,
         alpha: float = 1e-2,
-        load_count: ops.LoadCount = "per_assignment",
+        load_count: losses.LoadCount = "per_assignment",
     ) -> None:
         super().__init__()
         hidden_dim = 4 * embedding_dim if hidden_dim is None else hidden_dim
@@ -60,10 +60,11 @@ class SimpleMoELayer(nn.Module):
         tokens = x.reshape(-1, self.embedding_dim)
         routing = ops.route(self.gating_network(tokens), self.top_k)
         if self.alpha > 0:
-            self.load_balancing_loss = self.alpha * ops.balance_loss(routing.scores, routing.topk_ids, self.load_count)
+            self.load_balancing_loss = self.alpha * losses.balance_loss(routing.scores, routing.topk_ids, self.load_count)
         else:
             self.load_balancing_loss = routing.scores.new_zeros(())
-        return run_experts(self.experts, tokens, routing.topk_weights, ops.plan(routing.topk_ids, self.num_experts)).view(x.shape)
+        plan = ops.plan(routing.topk_ids, self.num_experts)
+        return run_experts(self.experts, tokens, routing.topk_weights, plan).view(x.shape)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles go without the last loss: it belongs to a graph, which can be neither."""

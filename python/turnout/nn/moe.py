@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
-from .. import ops
+from .. import losses, ops, routers
 from ..experts import Activation
 from .feed_forward import FeedForward, FeedForwardBank, ModuleExperts
 
@@ -28,7 +28,7 @@ class CapacityOptions:
     minimum: int = 0
     """lower bound of what the factor gives (tensor2tensor: 4)"""
     rounding: ops.CapacityRounding = "ceil"
-    """ceil (Megatron, DeepSpeed) or floor (MegaBlocks, tensor2tensor)"""
+    """ceil (Megatron, DeepSpeed), floor (MegaBlocks, tensor2tensor) or share (Tutel), see expert_capacity()"""
     count_choices: bool = True
     """multiply by top_k (tensor2tensor: no)"""
     per_sequence: bool = False
@@ -42,17 +42,22 @@ class CapacityOptions:
     def dropless(self) -> bool:
         return self.factor <= 0 and self.fixed <= 0
 
-    def places(self, group_tokens: int, top_k: int, num_experts: int) -> int:
-        return ops.expert_capacity(
-            group_tokens,
-            top_k,
+    def apply(self, routing: ops.Routing, num_experts: int, group_size: int) -> tuple[ops.Routing, Tensor]:
+        """What is left of a routing, and how many choices were dropped (scalar int64). group_size: tokens of a group."""
+        capped = ops.apply_capacity(
+            routing.topk_ids,
+            routing.topk_weights,
             num_experts,
+            group_size,
             factor=self.factor,
             fixed=self.fixed,
             minimum=self.minimum,
             rounding=self.rounding,
             count_choices=self.count_choices,
+            order=self.order,
+            renormalize=self.renormalize,
         )
+        return ops.Routing(capped.topk_ids, capped.topk_weights, routing.scores), capped.dropped
 
 
 class MoEOutput(NamedTuple):
@@ -81,18 +86,22 @@ class MoE(nn.Module):
       of a router_preset(); by default softmax, weights divided by their sum. With top_k = 1 only weights="probability"
       lets the output train the gate
     selection_bias: experts are chosen by score + a buffer selection_bias [num_experts] float32, zeros at first, which no
-      gradient moves (DeepSeek-V3)
+      gradient moves (DeepSeek-V3); update_selection_bias() makes its next value
+    jitter: in training the router's input is x · uniform(1 ± jitter); jitter_experts: the experts see that input too
+      (Mixtral in transformers)
+    noisy: in training the logits are logits + noise · softplus(noise_gate(x)) (Shazeer)
     capacity: a CapacityOptions; by default nothing is dropped
     load_count, balance_coefficient, z_coefficient: the losses, see balance_loss() and z_loss(); with a coefficient of 0
       a loss is not computed
-    gate: any module from [tokens, hidden] to logits [tokens, num_experts], in place of the linear map
+    gate: any module from [tokens, hidden] to logits [tokens, num_experts], in place of the linear map. It computes in the
+      type of its own weights, under autocast too: `layer.gate.float()` keeps the router of a bfloat16 layer in float32
     experts: a list of modules from [rows, hidden] to [rows, hidden], or one module that is called on x, topk_weights and
       a DispatchPlan and has num_experts (FeedForwardBank, ModuleExperts), in place of the bank; ffn is then not read
     device, dtype: of the parameters made here
 
     Parameters: gate.weight [num_experts, hidden], gate.bias; experts.up, down, up_bias, down_bias as in
-    FeedForwardBank; shared.* as in FeedForward; shared_gate.weight [1, hidden]. They and the buffer are those of
-    turnout::MoE in C++, drawn in the same order.
+    FeedForwardBank; shared.* as in FeedForward; shared_gate.weight [1, hidden]; noise_gate.weight [num_experts, hidden],
+    zeros at first. They and the buffer are those of turnout::MoE in C++, drawn in the same order.
     Raises ValueError or TypeError naming the argument, what it got and what was expected.
     """
 
@@ -110,8 +119,11 @@ class MoE(nn.Module):
         gate_bias: bool = False,
         router: ops.RouterOptions | Mapping[str, Any] | str | None = None,
         selection_bias: bool = False,
+        jitter: float = 0.0,
+        jitter_experts: bool = False,
+        noisy: bool = False,
         capacity: CapacityOptions | None = None,
-        load_count: ops.LoadCount = "per_assignment",
+        load_count: losses.LoadCount = "per_assignment",
         balance_coefficient: float = 1e-2,
         z_coefficient: float = 0.0,
         gate: nn.Module | None = None,
@@ -122,14 +134,13 @@ class MoE(nn.Module):
         super().__init__()
         check.positive_int(_NAME, hidden=hidden, num_experts=num_experts)
         check.top_k(_NAME, top_k, num_experts)
-        check.one_of(_NAME, get_args(ops.LoadCount), load_count=load_count)
+        check.one_of(_NAME, get_args(losses.LoadCount), load_count=load_count)
         check.non_negative_number(_NAME, balance_coefficient=balance_coefficient, z_coefficient=z_coefficient)
         self.hidden, self.num_experts, self.top_k = hidden, num_experts, top_k
         self.router = dict(ops.router_preset(router) if isinstance(router, str) else router or {})
-        ops.route(torch.zeros(0, num_experts), top_k, **self.router)  # raises for impossible switches
+        none = ops.route(torch.zeros(0, num_experts), top_k, **self.router)  # raises for impossible switches
         self.capacity = CapacityOptions() if capacity is None else capacity
-        check.one_of(_NAME, get_args(ops.DropOrder), **{"capacity.order": self.capacity.order})
-        self.capacity.places(0, top_k, num_experts)  # raises for impossible options
+        self.capacity.apply(none, num_experts, 0)
         self.load_count = load_count
         self.balance_coefficient, self.z_coefficient = balance_coefficient, z_coefficient
 
@@ -141,55 +152,74 @@ class MoE(nn.Module):
             self.experts = as_experts(_NAME, experts, num_experts)
         bias_made = torch.zeros(num_experts, dtype=torch.float32, device=device) if selection_bias else None
         self.register_buffer("selection_bias", bias_made)
+        self.jitter, self.jitter_experts = jitter, jitter_experts
+        routers.jitter(torch.zeros(0), jitter)  # raises for an impossible amount
+        self.noise_gate = nn.Linear(hidden, num_experts, bias=False, **where) if noisy else None
+        if self.noise_gate is not None:
+            nn.init.zeros_(self.noise_gate.weight)
         self.shared, self.shared_gate = _shared(hidden, shared_ffn, shared_gated, activation, bias, where)
 
-    def forward(self, x: Tensor) -> MoEOutput:
-        """x [..., hidden]; for capacity per sequence [..., sequence, hidden]. No tokens: an empty output, losses of 0."""
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> MoEOutput:
+        """x [..., hidden]; for capacity per sequence [..., sequence, hidden]. No tokens: an empty output, losses of 0.
+
+        token_mask: x's shape without hidden, bool; False: padding, which takes no place, counts in no loss and gets zero
+          from the routed experts
+        """
         per_sequence = self.capacity.per_sequence and not self.capacity.dropless
         check.shaped(_NAME, "x", x, "[..., sequence, hidden]" if per_sequence else "[..., hidden]", self.hidden)
-        tokens = x.reshape(-1, self.hidden)
-        logits = self.gate(tokens)
-        if logits.shape[-1] != self.num_experts:
+        if token_mask is not None and token_mask.shape != x.shape[:-1]:
             raise ValueError(
-                f"{_NAME}: the gate's output has shape {list(logits.shape)}, expected [tokens, {self.num_experts}] "
-                "(num_experts)"
+                f"{_NAME}: token_mask has shape {list(token_mask.shape)}, expected {list(x.shape[:-1])} (x without hidden)"
             )
-        routing = ops.route(logits, self.top_k, **self.router, selection_bias=self.selection_bias)
-        aux_loss = self._aux_loss(routing, logits)
-        routing, dropped = self._limit(routing, x.shape[-2] if per_sequence else tokens.shape[0])
+        tokens = x.reshape(-1, self.hidden)
+        mask = None if token_mask is None else token_mask.flatten()
+        jittered = routers.jitter(tokens, self.jitter) if self.jitter > 0 and self.training else tokens
+        logits = self._logits(jittered)
+        tokens = jittered if self.jitter_experts else tokens
+        routing = ops.route(logits, self.top_k, **self.router, selection_bias=self.selection_bias, token_mask=mask)
+        aux_loss = self._aux_loss(routing, logits, mask)
+        dropped = routing.topk_ids.new_zeros(())
+        if not self.capacity.dropless:
+            group_size = x.shape[-2] if per_sequence else tokens.shape[0]
+            routing, dropped = self.capacity.apply(routing, self.num_experts, group_size)
         plan = ops.plan(routing.topk_ids, self.num_experts)
         y = self.experts(tokens, routing.topk_weights, plan)
         if self.shared is not None:
             y = ops.add_shared(y, self.shared(tokens), None if self.shared_gate is None else self.shared_gate(tokens))
         return MoEOutput(y.reshape(x.shape), aux_loss, routing, plan, dropped)
 
-    def _aux_loss(self, routing: ops.Routing, logits: Tensor) -> Tensor:
+    def _logits(self, tokens: Tensor) -> Tensor:
+        logits = _in_its_type(self.gate, tokens)
+        if logits.shape[-1] != self.num_experts:
+            raise ValueError(
+                f"{_NAME}: the gate's output has shape {list(logits.shape)}, expected [tokens, {self.num_experts}] "
+                "(num_experts)"
+            )
+        if self.noise_gate is None or not self.training:
+            return logits
+        return routers.noisy_logits(logits, _in_its_type(self.noise_gate, tokens)).logits
+
+    def _aux_loss(self, routing: ops.Routing, logits: Tensor, mask: Tensor | None) -> Tensor:
         loss = routing.scores.new_zeros(())
         if self.balance_coefficient > 0:
-            balance = ops.balance_loss(routing.scores, routing.topk_ids, self.load_count)
+            balance = losses.balance_loss(routing.scores, routing.topk_ids, self.load_count, token_mask=mask)
             loss = loss + self.balance_coefficient * balance
         if self.z_coefficient > 0:
-            loss = loss + self.z_coefficient * ops.z_loss(logits)
+            loss = loss + self.z_coefficient * losses.z_loss(logits, token_mask=mask)
         return loss
-
-    def _limit(self, routing: ops.Routing, group_size: int) -> tuple[ops.Routing, Tensor]:
-        """What is left after capacity, and how many choices were dropped."""
-        if self.capacity.dropless or routing.topk_ids.shape[0] == 0:
-            return routing, routing.topk_ids.new_zeros(())
-        places = self.capacity.places(group_size, self.top_k, self.num_experts)
-        capped = ops.limit_capacity(
-            routing.topk_ids,
-            routing.topk_weights,
-            self.num_experts,
-            places,
-            group_size,
-            self.capacity.order,
-            self.capacity.renormalize,
-        )
-        return ops.Routing(capped.topk_ids, capped.topk_weights, routing.scores), capped.dropped
 
     def extra_repr(self) -> str:
         return f"hidden={self.hidden}, num_experts={self.num_experts}, top_k={self.top_k}"
+
+
+def _in_its_type(gate: nn.Module, tokens: Tensor) -> Tensor:
+    """Calls a gate in the type of its weights, under autocast too."""
+    weight = next(gate.parameters(), None)
+    tokens = tokens if weight is None else tokens.to(weight.dtype)
+    if not torch.amp.is_autocast_available(tokens.device.type):  # as on the meta device
+        return gate(tokens)
+    with torch.autocast(tokens.device.type, enabled=False):
+        return gate(tokens)
 
 
 def as_experts(owner: str, experts: nn.Module | Iterable[nn.Module], num_experts: int) -> nn.Module:

@@ -1,6 +1,7 @@
 // Forward and backward of the bank of experts, one row after the other, sums in double.
 //
 // Letters as in experts.h: T tokens, D hidden, F ffn, U up_rows, R rows.
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -47,6 +48,11 @@ double act(Activation a, double x, double* d) {
       *d = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * kSqrt2OverPi * (1 + 3 * kCubic * x * x);
       return 0.5 * x * (1 + t);
     }
+    case Activation::swiglu_clamped: {
+      const double g = x > kClamp ? kClamp : x, s = sigmoid(kClampedSlope * g);
+      *d = x > kClamp ? 0 : s * (1 + kClampedSlope * g * (1 - s));
+      return g * s;
+    }
     case Activation::gelu:
     case Activation::geglu:
       break;
@@ -54,6 +60,14 @@ double act(Activation a, double x, double* d) {
   const double cdf = 0.5 * std::erfc(-x * kSqrtHalf);
   *d = cdf + x * kInvSqrt2Pi * std::exp(-0.5 * x * x);
   return x * cdf;
+}
+
+/// What a gated form multiplies act(gate) by, and its derivative in d.
+double factor(Activation a, double u, double* d) {
+  *d = 1;
+  if (a != Activation::swiglu_clamped) return u;
+  if (std::abs(u) > kClamp) *d = 0;
+  return std::clamp(u, -kClamp, kClamp) + 1;
 }
 
 template <class T>
@@ -73,6 +87,14 @@ struct Bank {
                                      : static_cast<const float*>(q.topk_weights)[i];
   }
 
+  std::vector<double> weight_of_rows() const {
+    std::vector<double> weight_R(static_cast<size_t>(q.rows));
+    for (int64_t t = 0; t < q.tokens; ++t)
+      for (int64_t k = 0; k < q.top_k; ++k)
+        if (const int64_t r = q.row_of_choice[t * q.top_k + k]; r >= 0) weight_R[static_cast<size_t>(r)] = weight(t, k);
+    return weight_R;
+  }
+
   /// u = x · upᵀ + bias
   void pre_activation(int64_t e, const T* x_D, double* u_U) const {
     const T *w_UD = up(e), *bias = at(q.up_bias, e);
@@ -86,7 +108,7 @@ struct Bank {
   double hidden(const double* u_U, int64_t f) const {
     double slope;
     const double h = act(q.activation, u_U[f], &slope);
-    return gated ? h * u_U[F + f] : h;
+    return gated ? h * factor(q.activation, u_U[F + f], &slope) : h;
   }
 };
 
@@ -95,6 +117,7 @@ void forward_as(const ExpertsProblem& q, const PackedExperts* packed, T* y_TD, T
   const Bank<T> bank{q, packed};
   const int64_t D = bank.D, F = bank.F, U = bank.U;
   std::vector<double> a_RD(static_cast<size_t>(q.rows * D)), u_U(static_cast<size_t>(U));
+  const std::vector<double> weight_R = bank.weight_of_rows();
   std::vector<T> h_F(static_cast<size_t>(F));
   for (int64_t e = 0; e < q.num_experts; ++e) {
     const T *w_DF = bank.down(e), *bias = bank.at(q.down_bias, e);
@@ -102,12 +125,13 @@ void forward_as(const ExpertsProblem& q, const PackedExperts* packed, T* y_TD, T
       bank.pre_activation(e, bank.x(r), u_U.data());
       if (saved_RU)
         for (int64_t i = 0; i < U; ++i) saved_RU[r * U + i] = T(u_U[static_cast<size_t>(i)]);
-      for (int64_t f = 0; f < F; ++f) h_F[static_cast<size_t>(f)] = T(bank.hidden(u_U.data(), f));
+      const double w = q.weight_before_down ? weight_R[static_cast<size_t>(r)] : 1;
+      for (int64_t f = 0; f < F; ++f) h_F[static_cast<size_t>(f)] = T(w * bank.hidden(u_U.data(), f));
       for (int64_t d = 0; d < D; ++d) {
         double sum = 0;
         for (int64_t f = 0; f < F; ++f)
           sum += static_cast<double>(h_F[static_cast<size_t>(f)]) * static_cast<double>(w_DF[d * F + f]);
-        a_RD[static_cast<size_t>(r * D + d)] = sum + (bias ? static_cast<double>(bias[d]) : 0);
+        a_RD[static_cast<size_t>(r * D + d)] = sum + (bias ? w * static_cast<double>(bias[d]) : 0);
       }
     }
   }
@@ -116,7 +140,7 @@ void forward_as(const ExpertsProblem& q, const PackedExperts* packed, T* y_TD, T
       double sum = 0;
       for (int64_t k = 0; k < q.top_k; ++k) {
         const int64_t r = q.row_of_choice[t * q.top_k + k];
-        if (r >= 0) sum += bank.weight(t, k) * a_RD[static_cast<size_t>(r * D + d)];
+        if (r >= 0) sum += (q.weight_before_down ? 1 : bank.weight(t, k)) * a_RD[static_cast<size_t>(r * D + d)];
       }
       y_TD[t * D + d] = T(sum);
     }
@@ -145,11 +169,8 @@ void backward_as(const ExpertsProblem& q, const T* saved_RU, const T* grad_y, in
   const int64_t D = bank.D, F = bank.F, U = bank.U;
   const auto n = [](int64_t i) { return static_cast<size_t>(i); };
 
-  std::vector<double> weight_R(n(q.rows)), dot_R(n(q.rows)), dx_RD(n(q.rows * D));
-  for (int64_t t = 0; t < q.tokens; ++t)
-    for (int64_t k = 0; k < q.top_k; ++k)
-      if (const int64_t r = q.row_of_choice[t * q.top_k + k]; r >= 0) weight_R[n(r)] = bank.weight(t, k);
-
+  const std::vector<double> weight_R = bank.weight_of_rows();
+  std::vector<double> dot_R(n(q.rows)), dx_RD(n(q.rows * D));
   std::vector<double> u_U(n(U)), p_F(n(F));
   std::vector<T> du_U(n(U)), wh_F(n(F));
   for (int64_t e = 0; e < q.num_experts; ++e) {
@@ -174,11 +195,11 @@ void backward_as(const ExpertsProblem& q, const T* saved_RU, const T* grad_y, in
         for (int64_t d = 0; d < D; ++d) dot_R[n(r)] += static_cast<double>(g_D[d]) * static_cast<double>(down_bias[d]);
       // du = w·p ⊙ act'(u)
       for (int64_t f = 0; f < F; ++f) {
-        double slope;
+        double slope, up_slope = 1;
         const double gate = act(q.activation, u_U[n(f)], &slope);
-        const double up = bank.gated ? u_U[n(F + f)] : 1;
+        const double up = bank.gated ? factor(q.activation, u_U[n(F + f)], &up_slope) : 1;
         du_U[n(f)] = T(w * p_F[n(f)] * up * slope);
-        if (bank.gated) du_U[n(F + f)] = T(w * p_F[n(f)] * gate);
+        if (bank.gated) du_U[n(F + f)] = T(w * p_F[n(f)] * gate * up_slope);
       }
       // gradients of x, up, down, biases
       for (int64_t d = 0; d < D; ++d)

@@ -25,6 +25,26 @@ TURNOUT_INLINE typename V::Reg sigmoid(typename V::Reg x) {
   return V::reciprocal(V::add(V::set1(1.f), exp<V>(V::sub(V::zero(), x))));
 }
 
+/// `v` where x is at most `limit`, else 0.
+template <class V>
+TURNOUT_INLINE typename V::Reg keep_within(typename V::Reg x, float limit, typename V::Reg v) {
+  return V::sub(v, V::keep_positive(V::sub(x, V::set1(limit)), v));
+}
+
+/// What a gated form multiplies act(gate) by, and its derivative where `d` is not null.
+template <class V, Activation A>
+TURNOUT_INLINE typename V::Reg factor(typename V::Reg u, typename V::Reg* d = nullptr) {
+  const auto one = V::set1(1.f);
+  if constexpr (A == Activation::swiglu_clamped) {
+    constexpr float limit = static_cast<float>(kClamp);
+    if (d) *d = keep_within<V>(V::abs(u), limit, one);
+    return V::add(V::clamp(u, -limit, limit), one);
+  } else {
+    if (d) *d = one;
+    return u;
+  }
+}
+
 /// act(x), and its derivative where `d` is not null. For a gated form: of the gate.
 template <class V, Activation A>
 TURNOUT_INLINE typename V::Reg act(typename V::Reg x, typename V::Reg* d = nullptr) {
@@ -37,6 +57,13 @@ TURNOUT_INLINE typename V::Reg act(typename V::Reg x, typename V::Reg* d = nullp
     const Reg s = sigmoid<V>(x);
     if (d) *d = V::mul(s, V::fma(x, V::sub(one, s), one));
     return V::mul(x, s);
+  } else if constexpr (A == Activation::swiglu_clamped) {
+    // below −60 the product is under 1e-36, as far as exp's own clamp lets it fall
+    constexpr float limit = static_cast<float>(kClamp);
+    const Reg g = V::clamp(x, -60.f, limit), v = V::mul(g, V::set1(static_cast<float>(kClampedSlope)));
+    const Reg s = sigmoid<V>(v);
+    if (d) *d = keep_within<V>(x, limit, V::mul(s, V::fma(v, V::sub(one, s), one)));
+    return V::mul(g, s);
   } else if constexpr (A == Activation::gelu_tanh) {
     // ½x(1 + tanh v) = x·σ(2v), v = √(2/π)·(x + 0.044715 x³)
     const Reg xx = V::mul(x, x);

@@ -29,10 +29,11 @@ struct HiddenGradEpilogue {
         const Reg g = V::load(c + i * P + j * L), wg = V::mul(w, g);
         Reg slope, h = act<V, A>(S::load_n(u + col * S::size, n), &slope);
         if constexpr (kGated) {
-          const Reg gate = h, up = S::load_n(u + (ffn + col) * S::size, n);
+          Reg up_slope;
+          const Reg gate = h, up = factor<V, A>(S::load_n(u + (ffn + col) * S::size, n), &up_slope);
           h = V::mul(gate, up);
           S::store_n(du + col * S::size, V::mul(V::mul(wg, up), slope), n);
-          S::store_n(du + (ffn + col) * S::size, V::mul(wg, gate), n);
+          S::store_n(du + (ffn + col) * S::size, V::mul(V::mul(wg, gate), up_slope), n);
         } else {
           S::store(du + col * S::size, V::mul(wg, slope));  // rows of du have room for a whole panel
         }
@@ -84,6 +85,8 @@ void hidden_grad_typed(const HiddenGradArgs& a) {
       return hidden_grad_as<V, BF, Activation::swiglu>(a);
     case Activation::geglu:
       return hidden_grad_as<V, BF, Activation::geglu>(a);
+    case Activation::swiglu_clamped:
+      return hidden_grad_as<V, BF, Activation::swiglu_clamped>(a);
   }
 }
 
@@ -93,7 +96,7 @@ void input_grad_typed(const InputGradArgs& a) {
   const NaturalSource<V, BF> source{static_cast<const char*>(q.up[a.expert]), q.hidden, q.up_rows(),
                                     sweep_memory<V>(a.worker).rows};
   sweep<V, BF>(a.du, words_of(q.up_rows(), BF), a.begin, a.end, source,
-               SlotEpilogue<V, BF>{nullptr, q.hidden, a.out, a.out_stride}, a.worker);
+               SlotEpilogue<V, BF>{nullptr, nullptr, q.hidden, a.out, a.out_stride}, a.worker);
 }
 
 /// Columns [col, col + n) of rows [first, first + count), as a packed tile operand [words][n].

@@ -34,11 +34,12 @@ struct UpEpilogue {
       if (a.h == nullptr) continue;
       // columns beyond ffn are zeros (the rows of h have room for a whole panel)
       char* h = a.h + (first + i) * a.h_stride;
+      const auto weighted = [&](Reg v) { return a.weight ? V::mul(v, V::set1(a.weight[first + i])) : v; };
       if constexpr (kGated) {
-        S::store(h + p * L * S::size, V::mul(act<V, A>(u0), u1));
+        S::store(h + p * L * S::size, weighted(V::mul(act<V, A>(u0), factor<V, A>(u1))));
       } else {
-        S::store(h + p * P * S::size, act<V, A>(u0));
-        S::store(h + (p * P + L) * S::size, act<V, A>(u1));
+        S::store(h + p * P * S::size, weighted(act<V, A>(u0)));
+        S::store(h + (p * P + L) * S::size, weighted(act<V, A>(u1)));
       }
     }
   }
@@ -73,14 +74,17 @@ void up_typed(const UpArgs& a) {
       return up_as<V, BF, Activation::swiglu>(a);
     case Activation::geglu:
       return up_as<V, BF, Activation::geglu>(a);
+    case Activation::swiglu_clamped:
+      return up_as<V, BF, Activation::swiglu_clamped>(a);
   }
 }
 
-/// Adds the bias (null: none) and writes fp32 rows of whole panels, past the caches: they are read once, much later.
+/// Adds the bias (null: none), times the rows' weights (null: 1), and writes fp32 rows of whole panels, past the caches: they are read once, much later.
 /// `out` and `stride` are multiples of a vector. The fence that ends a task (schedule.cpp) makes them visible.
 template <class V, bool BF>
 struct SlotEpilogue {
   const char* bias;
+  const float* weight;
   int64_t columns;
   float* out;
   int64_t stride;
@@ -92,7 +96,9 @@ struct SlotEpilogue {
       const int64_t col = p * P + h * L;
       const auto b = bias ? S::load_n(bias + col * S::size, columns - col) : V::zero();
       for (int64_t i = 0; i < rows; ++i)
-        V::stream(out + (first + i) * stride + col, V::add(V::load(c + i * P + h * L), b));
+        V::stream(out + (first + i) * stride + col,
+                  weight ? V::fma(V::set1(weight[first + i]), b, V::load(c + i * P + h * L))
+                         : V::add(V::load(c + i * P + h * L), b));
     }
   }
 };
@@ -102,7 +108,7 @@ void down_typed(const DownArgs& a) {
   const ExpertsProblem& q = *a.problem;
   const int64_t words = words_of(q.ffn, BF), bytes = q.ffn * Stored<V, BF>::size;
   const char* bias = q.down_bias ? static_cast<const char*>(q.down_bias[a.expert]) : nullptr;
-  const SlotEpilogue<V, BF> epilogue{bias, q.hidden, a.out, a.out_stride};
+  const SlotEpilogue<V, BF> epilogue{bias, a.weight, q.hidden, a.out, a.out_stride};
   if (a.packed) return sweep<V, BF>(a.h, words, a.begin, a.end, PackedSource<V>{a.packed, words}, epilogue, a.worker);
   const TransposedSource<V, BF, false> source{static_cast<const char*>(q.down[a.expert]), q.hidden, bytes};
   if (a.h.count <= kRowsInPlace<V>)

@@ -18,7 +18,7 @@ using torch::autograd::variable_list;
 using ForwardSignature = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                                             const at::Tensor&, const at::Tensor&, at::TensorList,
                                                             at::TensorList, at::TensorList, at::TensorList,
-                                                            c10::string_view, bool);
+                                                            c10::string_view, bool, bool);
 using BackwardSignature = ExpertsGradientsTuple(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                                 const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                                 at::TensorList, at::TensorList, at::TensorList, at::TensorList,
@@ -50,11 +50,11 @@ class Experts : public Function<Experts> {
                             const at::Tensor& expert_offsets, const at::Tensor& token_of_row,
                             const at::Tensor& row_of_choice, at::TensorList up, at::TensorList down,
                             at::TensorList up_bias, at::TensorList down_bias, const std::string& activation,
-                            bool recompute) {
+                            bool recompute, bool weight_before_down) {
     at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find<ForwardSignature>("turnout::experts_forward");
     auto [y, preactivations] = op.call(x, topk_weights, expert_offsets, token_of_row, row_of_choice, up, down,
-                                       up_bias, down_bias, activation, /*keep=*/!recompute);
+                                       up_bias, down_bias, activation, /*keep=*/!recompute, weight_before_down);
     variable_list saved{x, topk_weights, expert_offsets, token_of_row, row_of_choice, preactivations};
     for (const auto list : {up, down, up_bias, down_bias}) saved.insert(saved.end(), list.begin(), list.end());
     context->save_for_backward(saved);
@@ -88,7 +88,7 @@ class Experts : public Function<Experts> {
       made[i]->resize(sizes[i]);
       result.insert(result.end(), made[i]->begin(), made[i]->end());
     }
-    result.insert(result.end(), 2, at::Tensor());  // activation, recompute
+    result.insert(result.end(), 3, at::Tensor());  // activation, recompute, weight_before_down
     return result;
   }
 };
@@ -96,9 +96,9 @@ class Experts : public Function<Experts> {
 at::Tensor experts_autograd(const at::Tensor& x, const at::Tensor& topk_weights, const at::Tensor& expert_offsets,
                             const at::Tensor& token_of_row, const at::Tensor& row_of_choice, at::TensorList up,
                             at::TensorList down, at::TensorList up_bias, at::TensorList down_bias,
-                            c10::string_view activation, bool recompute) {
+                            c10::string_view activation, bool recompute, bool weight_before_down) {
   return Experts::apply(x, topk_weights, expert_offsets, token_of_row, row_of_choice, up, down, up_bias, down_bias,
-                        std::string(activation), recompute);
+                        std::string(activation), recompute, weight_before_down);
 }
 
 ExpertsGradientsTuple experts_backward_autograd(const at::Tensor& grad, const at::Tensor& x,

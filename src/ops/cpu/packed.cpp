@@ -40,9 +40,9 @@ at::Tensor prepack_cpu(at::TensorList up, at::TensorList down, c10::string_view 
 at::Tensor experts_packed_cpu(const at::Tensor& x, const at::Tensor& topk_weights, const at::Tensor& expert_offsets,
                               const at::Tensor& token_of_row, const at::Tensor& row_of_choice, const at::Tensor& packed,
                               c10::string_view layout, int64_t ffn, at::TensorList up_bias, at::TensorList down_bias,
-                              c10::string_view activation) {
-  const ExpertsArgs args{x,  topk_weights, expert_offsets, token_of_row, row_of_choice,
-                         {}, {},           up_bias,        down_bias,    parse_activation(std::string(activation))};
+                              c10::string_view activation, bool weight_before_down) {
+  const ExpertsArgs args{x, topk_weights, expert_offsets, token_of_row, row_of_choice, {}, {}, up_bias, down_bias,
+                         parse_activation(std::string(activation)), weight_before_down};
   check_packed(args, packed, ffn);
   const auto& implementation = active_implementation();
   const auto type = kernel_type(x.scalar_type(), implementation);

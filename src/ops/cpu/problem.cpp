@@ -19,6 +19,8 @@ kernels::Activation kernel_activation(Activation activation) {
       return kernels::Activation::swiglu;
     case Activation::geglu:
       return kernels::Activation::geglu;
+    case Activation::swiglu_clamped:
+      return kernels::Activation::swiglu_clamped;
   }
   TORCH_INTERNAL_ASSERT(false, "an activation without a kernel");
 }
@@ -81,6 +83,7 @@ Prepared::Prepared(const ExpertsArgs& args, int64_t ffn, kernels::DType type)
   problem.rows = problem.expert_offsets[problem.num_experts];
   problem.dtype = type;
   problem.activation = kernel_activation(args.activation);
+  problem.weight_before_down = args.weight_before_down;
   problem.x = x.data_ptr();
   problem.x_stride = x.stride(0);
   problem.up = up.read();

@@ -13,7 +13,9 @@ namespace {
 
 at::Tensor topk_cpu(const at::Tensor& scores, int64_t top_k) {
   check_topk(scores, top_k);
-  if (scores.scalar_type() == at::kDouble) return topk_aten(scores, top_k);
+  // Insertion into a list of k costs k² a row: experts that pick hundreds of tokens sort.
+  constexpr int64_t kLongestList = 64;
+  if (scores.scalar_type() == at::kDouble || top_k > kLongestList) return topk_aten(scores, top_k);
   const auto rows = scores.reshape({-1, scores.size(-1)}).to(at::kFloat).contiguous();
   auto shape = scores.sizes().vec();
   shape.back() = top_k;

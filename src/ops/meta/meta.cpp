@@ -1,6 +1,7 @@
 // Shapes of every op that is not a composition: what compiled and exported graphs know without running anything.
 #include "../checks.h"
 #include "../experts_registration.h"
+#include "../router_composed.h"
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
@@ -13,6 +14,27 @@ at::Tensor topk_meta(const at::Tensor& scores, int64_t top_k) {
   auto shape = scores.sym_sizes().vec();
   shape.back() = top_k;
   return at::empty_symint(shape, scores.options().dtype(at::kLong));
+}
+
+RoutingTuple route_forward_meta(const at::Tensor& logits, int64_t top_k, c10::string_view score,
+                                c10::string_view weights, double epsilon, double scale, int64_t groups,
+                                int64_t kept_groups, int64_t group_top, c10::string_view group_mask,
+                                const std::optional<at::Tensor>& /*selection_bias*/) {
+  check_route_forward(logits, top_k);
+  check(router_options(score, weights, epsilon, scale, groups, kept_groups, group_top, group_mask), top_k,
+        logits.sym_size(1).guard_int(__FILE__, __LINE__));
+  const auto wide = logits.options().dtype(at::kFloat);
+  return {at::empty_symint({logits.sym_size(0), top_k}, wide.dtype(at::kLong)),
+          at::empty_symint({logits.sym_size(0), top_k}, wide), at::empty_symint(logits.sym_sizes(), wide)};
+}
+
+at::Tensor route_backward_meta(const std::optional<at::Tensor>& grad_weights,
+                               const std::optional<at::Tensor>& grad_scores, const at::Tensor& logits,
+                               const at::Tensor& topk_ids, const at::Tensor& scores, c10::string_view score,
+                               c10::string_view weights, double epsilon, double scale) {
+  check_route_backward(grad_weights, grad_scores, logits, topk_ids, scores);
+  router_options(score, weights, epsilon, scale);
+  return at::empty_symint(logits.sym_sizes(), logits.options());
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_meta(const at::Tensor& topk_ids, int64_t num_experts) {
@@ -68,6 +90,8 @@ ExpertsGradients experts_backward_meta(const at::Tensor& grad, const ExpertsArgs
 
 TORCH_LIBRARY_IMPL(turnout, Meta, m) {
   m.impl("topk", topk_meta);
+  m.impl("route_forward", route_forward_meta);
+  m.impl("route_backward", route_backward_meta);
   m.impl("plan", plan_meta);
   m.impl("queue_positions", queue_positions_meta);
   m.impl("dispatch", dispatch_meta);

@@ -75,7 +75,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
 }  # fmt: skip
 
-FAMILIES = tuple(name for name in CONFIGS if name != "gpt_oss")
+FAMILIES = tuple(CONFIGS)
 
 
 def make_model(family: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import turnout
 from hf_families import make_model
 from torch import Tensor, nn
@@ -38,15 +37,6 @@ CASES = {
     "gpt_oss": Case("gpt_oss", gate="router", activation="swiglu_clamped"),
     "switch_transformers": Case("switch", gate="router", activation="relu", float32_gate=True),
 }
-
-
-class Float32Gate(nn.Linear):
-    """Logits in float32, or in float64 of float64 weights."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        bias = None if self.bias is None else self.bias.to(wide)
-        return F.linear(x.to(wide), self.weight.to(wide), bias)
 
 
 def make_block(family: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
@@ -94,7 +84,7 @@ def make_layer(family: str, block: nn.Module, config: Any, dtype: torch.dtype) -
         dtype=dtype,
     )
     if case.float32_gate:
-        layer.gate.__class__ = Float32Gate
+        layer.gate.float()
     if layer.selection_bias is not None:
         values["selection_bias"] = block.gate.e_score_correction_bias
     layer.load_state_dict(values, strict=True)

@@ -1,0 +1,84 @@
+"""turnout.expert_parallel on two processes of torch.distributed, eager and compiled, against one process."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import turnout
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+EXPERTS, HIDDEN, FFN = 3, 8, 6
+
+
+def inputs():
+    """The joined batch: 5 tokens of rank 0, 4 of rank 1."""
+    torch.manual_seed(3)
+    x = torch.randn(9, HIDDEN)
+    ids = torch.stack([torch.randperm(EXPERTS)[:2] for _ in range(9)])
+    ids[2, 1] = -1
+    weights = torch.rand(9, 2)
+    up, down = torch.randn(EXPERTS, 2 * FFN, HIDDEN), torch.randn(EXPERTS, HIDDEN, FFN)
+    grad = torch.randn(9, HIDDEN)
+    return x, ids, weights, up, down, grad
+
+
+def be_rank(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    x, ids, weights, up, down, grad = inputs()
+    leaves = [t.clone().requires_grad_() for t in (x, weights, up, down)]
+    truth = turnout.fused_experts(leaves[0], ids, leaves[1], leaves[2], leaves[3])
+    truth.backward(grad)
+
+    tokens = slice(0, 5) if rank == 0 else slice(5, 9)
+    bounds = turnout.expert_bounds(EXPERTS, 2)
+    held = slice(bounds[rank], bounds[rank + 1])
+
+    def layer(x, weights, up, down):
+        group = torch.distributed.group.WORLD.group_name
+        return turnout.expert_parallel(x, ids[tokens], weights, up, down, num_experts=EXPERTS, group=group, chunks=2)
+
+    for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        own = [t.clone().requires_grad_() for t in (x[tokens], weights[tokens], up[held], down[held])]
+        y = call(*own)
+        y.backward(grad[tokens])
+        torch.testing.assert_close(y, truth[tokens])
+        for got, whole, part in zip(own, leaves, (tokens, tokens, held, held)):
+            torch.testing.assert_close(got.grad, whole.grad[part])
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x[tokens], weights[tokens], up[held], down[held]), truth[tokens].detach())
+
+    wrong = x[tokens] if rank == 0 else x[tokens].double()
+    with pytest.raises(RuntimeError, match="rank . sends rows"):
+        turnout.expert_parallel(wrong, ids[tokens], weights[tokens], up[held], down[held], num_experts=EXPERTS)
+    with pytest.raises(ValueError, match="up holds 3 experts, expected"):
+        turnout.expert_parallel(x[tokens], ids[tokens], weights[tokens], up, down, num_experts=EXPERTS)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "python"), "GLOO_SOCKET_IFNAME": "lo",
+                   "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=environment,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in range(2)]
+    try:
+        texts = [rank.communicate(timeout=240)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(texts)
+
+
+def test_bounds_are_checked():
+    assert turnout.expert_bounds(7, 3) == [0, 3, 5, 7]
+    with pytest.raises(ValueError, match="there are 1 experts for 2 ranks"):
+        turnout.expert_bounds(1, 2)
+
+
+if __name__ == "__main__":
+    be_rank(int(sys.argv[1]), sys.argv[2])

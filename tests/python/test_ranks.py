@@ -1,0 +1,184 @@
+"""The program on several ranks: under torchrun, started by hand, killed and resumed, and between two network namespaces."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PROGRAM = pathlib.Path(os.environ.get("TURNOUT_PROGRAM", ROOT / "build" / "bin" / "turnout"))
+TINY = ("--layers 2 --hidden 16 --heads 2 --context 16 --experts 4 --expert-ffn 12 --batch 4 --warmup 2 "
+        "--eval-bytes 256 --threads 1").split()
+TOKENS_A_STEP = 64
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for n in range(30):
+        (folder / f"page{n}.txt").write_text(f"page {n}: " + "the points are set for the other line. " * 20)
+    return folder
+
+
+def free_port():
+    with socket.socket() as end:
+        end.bind(("127.0.0.1", 0))
+        return end.getsockname()[1]
+
+
+def start(arguments, size=2, host="127.0.0.1", prefixes=None, timeout=10):
+    """One process a rank, as any launcher starts them. @param arguments: of all, or a list for each rank"""
+    port = free_port()
+    ranks = []
+    for rank in range(size):
+        own = arguments[rank] if isinstance(arguments[0], (list, tuple)) else arguments
+        environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": host,
+                       "MASTER_PORT": str(port), "TURNOUT_TIMEOUT": str(timeout)}
+        prefix = prefixes[rank] if prefixes else []
+        ranks.append(subprocess.Popen([*prefix, PROGRAM, *map(str, own)], env=environment, stdout=subprocess.PIPE,
+                                      stderr=subprocess.PIPE, text=True))
+    return ranks
+
+
+def finish(ranks, timeout=120):
+    """(status, stdout, stderr) of each."""
+    try:
+        texts = [rank.communicate(timeout=timeout) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [(rank.returncode, *both) for rank, both in zip(ranks, texts)]
+
+
+def train(text, out, steps, *more):
+    return ["train", *TINY, "--text", text, "--tokens", TOKENS_A_STEP * steps, "--output", out, *more]
+
+
+def held_out(stdout):
+    return float(re.search(r"held-out text: ([\d.]+) bits", stdout)[1])
+
+
+def alone(arguments):
+    done = subprocess.run([PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_torchrun_compares_on_two_ranks_and_prints_once(tmp_path, text):
+    arguments = ["compare", *TINY, "--text", text, "--tokens", TOKENS_A_STEP * 20, "--evaluations", 2]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--no-python", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, PROGRAM, *map(str, arguments), "--output", tmp_path / "two"],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Written: ") == 1 and done.stdout.count("FLOPs a token") >= 2
+    alone([*arguments, "--output", tmp_path / "one"])
+    one, two = (json.loads((tmp_path / name / "compare.json").read_text()) for name in ("one", "two"))
+    assert two["ranks"] == 2 and one["ranks"] == 1
+    curves = [[json.loads(line) for line in (tmp_path / name / "curves.jsonl").read_text().splitlines()]
+              for name in ("one", "two")]
+    for a, b in zip(*curves, strict=True):
+        assert abs(a["bits_per_byte"] - b["bits_per_byte"]) < 2e-3
+    generated = alone(["generate", tmp_path / "two" / "moe", "--prompt", "page", "--tokens", 4])
+    assert generated.startswith("page")
+
+
+def test_ranks_that_were_told_different_things_say_which(tmp_path, text):
+    both = [train(text, tmp_path / "out", 5), [*train(text, tmp_path / "out", 5), "--lr", 0.5]]
+    endings = finish(start(both))
+    for rank, (status, _, stderr) in enumerate(endings):
+        assert status == 1, stderr
+        assert "the ranks differ in the options of training" in stderr
+        assert 'rank 1 has "learning_rate": 0.5' in stderr
+        assert stderr.startswith("turnout: rank 1: " if rank else "turnout: the ranks")
+
+
+def test_a_killed_rank_is_named_and_the_run_resumes_on_any_number(tmp_path, text):
+    out, steps = tmp_path / "out", 400
+    ranks = start([*train(text, out, steps), "--checkpoint-every", 5], size=3)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("checkpoint-*/model.safetensors.index.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    ranks[1].send_signal(signal.SIGKILL)
+    endings = finish(ranks)
+    for rank in (0, 2):
+        status, _, stderr = endings[rank]
+        assert status == 1, stderr
+        assert re.search(r"turnout: (rank 2: )?.* failed: rank 1 .*no longer answers", stderr.splitlines()[-1]), stderr
+    resumed = alone(["train", "--resume", "--output", out])
+    first = int(re.search(r"steps (\d+) to 400", resumed)[1])
+    assert first > 5 and first % 5 == 1
+    whole = alone(train(text, tmp_path / "whole", steps))
+    assert abs(held_out(resumed) - held_out(whole)) < 0.05
+
+
+def test_ctrl_c_stops_all_ranks_at_the_same_step(tmp_path, text):
+    out = tmp_path / "out"
+    ranks = start([*train(text, out, 20000), "--checkpoint-every", 5])
+    while not list(out.glob("checkpoint-*/model.safetensors.index.json")):
+        time.sleep(0.02)
+    ranks[1].send_signal(signal.SIGINT)  # one of them is enough
+    endings = finish(ranks)
+    assert [status for status, _, _ in endings] == [130, 130], endings
+    stopped = re.search(r"stopped at step (\d+) of 20000", endings[0][2])[1]
+    assert endings[1][2] == ""
+    assert [path.name for path in out.glob("checkpoint-*")] == [f"checkpoint-{stopped}"]
+
+
+def run_ip(*arguments):
+    return subprocess.run(["ip", *arguments], capture_output=True, text=True)
+
+
+@pytest.fixture
+def two_hosts():
+    """Prefixes that run a command on one of two hosts: namespaces joined by a link of 100 Mbit/s."""
+    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("tc") is None:
+        pytest.skip("two hosts need root and iproute2")
+    names = [f"turnout{os.getpid()}{end}" for end in "ab"]
+    if run_ip("netns", "add", names[0]).returncode != 0:
+        pytest.skip("this machine gives no network namespaces")
+    try:
+        run_ip("netns", "add", names[1])
+        run_ip("link", "add", "t0", "netns", names[0], "type", "veth", "peer", "name", "t0", "netns", names[1])
+        for n, name in enumerate(names, 1):
+            run_ip("-n", name, "addr", "add", f"10.213.7.{n}/24", "dev", "t0")
+            for link in ("lo", "t0"):
+                run_ip("-n", name, "link", "set", link, "up")
+            limited = subprocess.run(["ip", "netns", "exec", name, *"tc qdisc add dev t0 root tbf rate 100mbit burst "
+                                      "32kb latency 50ms".split()], capture_output=True)
+            if limited.returncode != 0:
+                pytest.skip("this kernel has no tbf, which limits a link")
+        yield [["ip", "netns", "exec", name] for name in names]
+    finally:
+        for name in names:
+            run_ip("netns", "del", name)
+
+
+def test_two_hosts_train_as_one(tmp_path, text, two_hosts):
+    arguments = train(text, tmp_path / "two", 30, "--chunks", 2)
+    endings = finish(start(arguments, host="10.213.7.1", prefixes=two_hosts))
+    assert [status for status, _, _ in endings] == [0, 0], endings
+    assert "2 ranks, experts on 2 of them, 1 times" in endings[0][1] and endings[1][1] == ""
+    one = alone(train(text, tmp_path / "one", 30))
+    assert abs(held_out(endings[0][1]) - held_out(one)) < 2e-3
+
+
+def test_a_host_that_is_cut_off_is_named(tmp_path, text, two_hosts):
+    out = tmp_path / "out"
+    ranks = start([*train(text, out, 20000), "--checkpoint-every", 5], host="10.213.7.1", prefixes=two_hosts, timeout=6)
+    while not list(out.glob("checkpoint-*/model.safetensors.index.json")):
+        time.sleep(0.02)
+    run_ip("-n", two_hosts[0][-1], "link", "set", "t0", "down")
+    cut = time.monotonic()
+    endings = finish(ranks)
+    assert time.monotonic() - cut < 25
+    assert endings[0][0] == 1 and "rank 1" in endings[0][2].splitlines()[-1], endings
+    assert endings[1][0] == 1 and "rank 0, which holds the store" in endings[1][2].splitlines()[-1], endings
