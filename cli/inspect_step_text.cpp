@@ -6,7 +6,7 @@
 namespace turnout::cli {
 namespace {
 
-constexpr size_t kScoresShown = 8;
+constexpr size_t kLogitsShown = 8;
 
 std::string vector_text(const Json& numbers, bool more) {
   std::string text;
@@ -18,9 +18,9 @@ std::string scores_text(const Json& json) {
   std::string text = "  gate    logits       ";
   const auto row = [&](const char* name) {
     std::string line;
-    for (size_t e = 0; e < std::min(json[name].size(), kScoresShown); ++e)
+    for (size_t e = 0; e < std::min(json[name].size(), kLogitsShown); ++e)
       line += fmt::format(" {:>7.4f}", json[name][e].get<double>());
-    return line + (json[name].size() > kScoresShown ? " …" : "") + "\n";
+    return line + (json[name].size() > kLogitsShown ? " …" : "") + "\n";
   };
   text += row("logits");
   return text.append("          probabilities").append(row("scores"));
