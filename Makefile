@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup build program compare test test-transformers sanitize sanitize-kernels fuzz format clean
+.PHONY: help setup build program compare picture test test-transformers sanitize sanitize-kernels fuzz format clean
 
 # Starts a recipe in the Python environment of the set-up, which also holds cmake and ninja.
 in_environment = python="$$(scripts/python.sh)"; export PATH="$$(dirname "$$python"):$$PATH";
@@ -23,7 +23,12 @@ program: setup ## build the library and the program
 compare: program ## train a MoE and its dense twin on real text and compare them (ARGS="…" passes options, RANKS=2 splits)
 	@$(in_environment) $(if $(RANKS),torchrun --no-python --standalone --nproc-per-node $(RANKS)) build/bin/turnout compare $(ARGS)
 
+picture: ## draw the main chart of a report as PNG (REPORT=runs/compare/report.html PNG=compare.png)
+	@scripts/setup.sh browser
+	@scripts/picture.sh "$(or $(REPORT),runs/compare/report.html)" "$(or $(PNG),compare.png)"
+
 test: build sanitize-kernels ## run every test: C++, sanitized kernels, Python, installation
+	@scripts/setup.sh browser
 	@$(in_environment) ctest --preset release; python -m pytest
 
 test-transformers: build ## run the tests of turnout.hf with another transformers (VERSION=5.7.0)

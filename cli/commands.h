@@ -12,5 +12,6 @@ void add_compare(CLI::App& program);
 void add_train(CLI::App& program);
 void add_generate(CLI::App& program);
 void add_bench(CLI::App& program);
+void add_inspect(CLI::App& program);
 
 }  // namespace turnout::cli

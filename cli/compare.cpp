@@ -1,8 +1,10 @@
 // `turnout compare`: what do experts buy over a dense model of the same FLOPs a token?
 #include "commands.h"
 #include "contest.h"
+#include "layer_trace.h"
 #include "machine.h"
 #include "ranks.h"
+#include "report.h"
 #include "run_options.h"
 #include "terminal.h"
 
@@ -12,6 +14,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <sstream>
 
 namespace turnout::cli {
 namespace {
@@ -34,13 +37,20 @@ void describe(const LanguageModelOptions& dense, const LanguageModelOptions& moe
   std::fflush(stdout);
 }
 
-void write_results(const CompareOptions& options, const ByteText& text, int64_t ranks, const Contestant& dense,
+Contestant contestant(const std::string& name, const LanguageModelOptions& model, const TrainingOptions& training,
+                      const std::shared_ptr<const ByteText>& text, const ParallelLayout& layout) {
+  Trainer trainer(make_model(model, training.seed, layout), training, text);
+  Telemetry telemetry(name, trainer);
+  return {.name = name, .trainer = std::move(trainer), .telemetry = std::move(telemetry)};
+}
+
+Json settings_json(const CompareOptions& options, const ByteText& text, int64_t ranks, const Contestant& dense,
                    const Contestant& moe) {
-  nlohmann::ordered_json json;
+  Json json;
   json["results"] = results_json(dense, moe);
-  json["models"] = {{dense.name, nlohmann::ordered_json::parse(to_json(dense.trainer.model->options))},
-                    {moe.name, nlohmann::ordered_json::parse(to_json(moe.trainer.model->options))}};
-  json["training"] = nlohmann::ordered_json::parse(to_json(options.run.training));
+  json["models"] = {{dense.name, Json::parse(to_json(dense.trainer.model->options))},
+                    {moe.name, Json::parse(to_json(moe.trainer.model->options))}};
+  json["training"] = Json::parse(to_json(options.run.training));
   json["text"] = {{"paths", options.run.text},
                   {"digest", fmt::format("{:016x}", text.digest())},
                   {"training_bytes", text.training.size()},
@@ -49,10 +59,42 @@ void write_results(const CompareOptions& options, const ByteText& text, int64_t 
                   {"held_out_files", text.held_out_files}};
   json["machine"] = machine_json();
   json["ranks"] = ranks;
+  return json;
+}
+
+Json lines_json(const std::string& jsonl) {
+  Json list = Json::array();
+  std::istringstream stream(jsonl);
+  for (std::string line; std::getline(stream, line);) list.push_back(Json::parse(line));
+  return list;
+}
+
+// What the trained routers do with held-out text. Experts on other ranks take part: all ranks call this.
+Json layers_json(const CompareOptions& options, const ByteText& text, const Contestant& moe) {
+  const TrainingOptions& training = options.run.training;
+  const TextWindows windows = windows_of(text.held_out, options.run.model.context, training.batch, training.eval_bytes);
+  Json layers = Json::array();
+  for (const LayerTrace& trace : trace_model(moe.trainer.model, windows, training.batch))
+    layers.push_back({{"trace", trace_json(trace)}, {"takers", takers_json(trace, windows)}});
+  return layers;
+}
+
+// The page shows all that the other files hold, and the layers.
+std::string report(Json data, Json layers, const Contestant& dense, const Contestant& moe) {
+  data["subtitle"] = machine_line();
+  data["curves"] = lines_json(curves_jsonl(dense, moe));
+  data["telemetry"] = lines_json(dense.telemetry.jsonl() + moe.telemetry.jsonl());
+  data["layers"] = std::move(layers);
+  return report_page("Dense against mixture of experts", data);
+}
+
+void write_results(const CompareOptions& options, const Json& json, Json layers, const Contestant& dense,
+                   const Contestant& moe) {
   write_file(options.output + "/curves.jsonl", curves_jsonl(dense, moe));
+  write_file(options.output + "/telemetry.jsonl", dense.telemetry.jsonl() + moe.telemetry.jsonl());
+  write_file(options.output + "/report.html", report(json, std::move(layers), dense, moe));
   // Last: whoever finds compare.json finds the rest as well.
-  write_file(options.output + "/compare.json",
-             json.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n");
+  write_file(options.output + "/compare.json", json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n");
 }
 
 // Of models on several ranks each rank has a part to give.
@@ -75,20 +117,20 @@ void compare(CompareOptions& options) {
   const std::shared_ptr<const ByteText> text = load_text_of(run);
   const LanguageModelOptions twin = dense_twin(run.model);
   if (ranks.first()) prepare_output(options.output);
+  check_report_files();  // before a long run, not after it
   ranks.check_same(run, *text);
   fit_minutes(run, {twin, run.model}, text, ranks);
-  const auto trainer = [&](const LanguageModelOptions& model) {
-    return Trainer(make_model(model, run.training.seed, ranks.layout()), run.training, text);
-  };
-  Contestant dense{.name = "dense", .trainer = trainer(twin)};
-  Contestant moe{.name = "moe", .trainer = trainer(run.model)};
+  Contestant dense = contestant("dense", twin, run.training, text, ranks.layout()),
+             moe = contestant("moe", run.model, run.training, text, ranks.layout());
   if (ranks.first()) describe(twin, run.model, run, *text, ranks.size());
   catch_interrupts();
   run_contest(dense, moe, std::min(options.evaluations, run.training.steps), ranks);
   save_models(options, dense, moe);
+  Json layers = layers_json(options, *text, moe);
   if (!ranks.first()) return;
-  write_results(options, *text, ranks.size(), dense, moe);
-  fmt::print("{}\nWritten: {}/compare.json, curves.jsonl, dense/, moe/\n", table(dense, moe), options.output);
+  write_results(options, settings_json(options, *text, ranks.size(), dense, moe), std::move(layers), dense, moe);
+  fmt::print("{}\nWritten: {}/compare.json, curves.jsonl, telemetry.jsonl, dense/, moe/\nThe report: {}/report.html\n",
+             table(dense, moe), options.output, options.output);
 }
 
 }  // namespace

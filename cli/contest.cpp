@@ -15,8 +15,10 @@ namespace turnout::cli {
 
 double Contestant::step() {
   const auto start = std::chrono::steady_clock::now();
-  const StepReport report = trainer.step();
-  seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  const StepReport report = trainer.step(telemetry.due(trainer));
+  const double took = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  seconds += took;
+  telemetry.add(report, took);
   choices += report.choices;
   dropped += report.dropped;
   if (report.expert_load.defined()) {

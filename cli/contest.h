@@ -3,6 +3,7 @@
 
 #include "run_options.h"
 
+#include <turnout/telemetry.h>
 #include <turnout/training.h>
 
 #include <nlohmann/json.hpp>
@@ -25,6 +26,7 @@ struct CurvePoint {
 struct Contestant {
   std::string name;
   Trainer trainer;
+  Telemetry telemetry;
   double seconds = 0;
   std::vector<CurvePoint> curve{};
   double load_ratio_sum = 0;  ///< over steps and sparse layers: rows of the fullest expert / mean rows

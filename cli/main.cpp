@@ -72,6 +72,7 @@ int run(int argc, char** argv) {
       "  turnout compare                          dense against MoE, equal FLOPs, about 5 minutes\n"
       "  turnout train --output runs/mine         one model, with checkpoints\n"
       "  turnout generate runs/mine --prompt 'def '\n"
+      "  turnout inspect                          what a router does with its tokens\n"
       "  turnout bench --shape few-rows           the experts against the limits of this machine",
       "turnout"};
   program.set_version_flag("--version", [] { return turnout::cli::version_text(); });
@@ -80,13 +81,15 @@ int run(int argc, char** argv) {
   turnout::cli::add_train(program);
   turnout::cli::add_generate(program);
   turnout::cli::add_bench(program);
+  turnout::cli::add_inspect(program);
   try {
     work(program, argc, argv);
     return 0;
   } catch (const CLI::ParseError& error) {
     if (argc > 1 && argv[1][0] != '-' && program.get_subcommands().empty())
       return fail_alike(
-          2, fmt::format("unknown subcommand '{}', expected compare, train, generate or bench (see --help)", argv[1]));
+          2, fmt::format("unknown subcommand '{}', expected compare, train, generate, bench or inspect (see --help)",
+                         argv[1]));
     return fail_alike(2, std::string(error.what()) + " (see --help)");
   } catch (const turnout::cli::Interrupted& stop) {
     return fail_alike(130, stop.what());

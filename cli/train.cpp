@@ -4,6 +4,8 @@
 #include "run_options.h"
 #include "terminal.h"
 
+#include <turnout/telemetry.h>
+
 #include <c10/util/Exception.h>
 
 #include <fmt/format.h>
@@ -18,6 +20,7 @@ namespace turnout::cli {
 namespace {
 
 constexpr const char* kProgramKey = "program";
+constexpr int64_t kLongestTelemetry = int64_t{1} << 30;
 
 struct TrainOptions {
   RunOptions run;
@@ -56,7 +59,11 @@ std::vector<std::string> decoded(const std::vector<std::string>& texts) {
   return all;
 }
 
-void save_run(const TrainOptions& options, const Trainer& trainer) {
+std::string telemetry_path(const TrainOptions& options) { return options.output + "/telemetry.jsonl"; }
+
+// The telemetry goes first: a run that is killed in between finds lines too many, never too few.
+void save_run(const TrainOptions& options, const Trainer& trainer, const Telemetry& telemetry, const Ranks& ranks) {
+  if (ranks.first()) write_file(telemetry_path(options), telemetry.jsonl());
   const nlohmann::ordered_json program = {{"ffn", options.run.ffn},
                                           {"tokens", options.run.tokens},
                                           {"minutes", options.run.minutes},
@@ -93,12 +100,22 @@ void refuse_overwriting(const std::string& folder) {
     throw FileError(there.front() + ": is there already: go on with --resume, or give another --output");
 }
 
-void run_steps(const TrainOptions& options, Trainer& trainer, const Ranks& ranks) {
+Telemetry telemetry_of(const TrainOptions& options, const Trainer& trainer, const Ranks& ranks) {
+  Telemetry telemetry(to_string(trainer.model->options.kind), trainer);
+  const std::string path = telemetry_path(options);
+  if (std::error_code error; options.resume && ranks.first() && std::filesystem::exists(path, error))
+    telemetry.load(read_file(path, kLongestTelemetry), trainer.steps_done(), path);
+  return telemetry;
+}
+
+void run_steps(const TrainOptions& options, Trainer& trainer, Telemetry& telemetry, const Ranks& ranks) {
   Progress progress(trainer.options.steps, ranks.first());
   const auto start = std::chrono::steady_clock::now();
   const int64_t first = trainer.steps_done();
   while (!trainer.done()) {
-    const StepReport report = trainer.step();
+    const auto before = std::chrono::steady_clock::now();
+    const StepReport report = trainer.step(telemetry.due(trainer));
+    telemetry.add(report, std::chrono::duration<double>(std::chrono::steady_clock::now() - before).count());
     if (progress.due(report.step)) {
       const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
       const auto tokens = static_cast<double>((report.step - first) * trainer.tokens_per_step());
@@ -106,7 +123,8 @@ void run_steps(const TrainOptions& options, Trainer& trainer, const Ranks& ranks
                                                short_number(tokens / seconds)));
     }
     const bool stop = ranks.interrupted_anywhere();
-    if (stop || trainer.done() || report.step % options.checkpoint_every == 0) save_run(options, trainer);
+    if (stop || trainer.done() || report.step % options.checkpoint_every == 0)
+      save_run(options, trainer, telemetry, ranks);
     if (stop && !trainer.done())
       throw Interrupted(fmt::format("stopped at step {} of {}; go on with --resume --output {}", report.step,
                                     trainer.options.steps, options.output));
@@ -147,13 +165,15 @@ void train(TrainOptions& options, RunArguments& arguments) {
   Trainer trainer(make_model(run.model, run.training.seed, ranks.layout()), run.training, text);
   if (options.resume) trainer.load_state(checkpoint.state, checkpoint.path);
   checkpoint = {};
+  Telemetry telemetry = telemetry_of(options, trainer, ranks);
   if (ranks.first()) describe(run, trainer, ranks);
   catch_interrupts();
-  run_steps(options, trainer, ranks);
+  run_steps(options, trainer, telemetry, ranks);
   const double bits = trainer.evaluate();
   save_model(trainer.model, options.output);
   if (ranks.first())
-    fmt::print("held-out text: {:.4f} bits a byte\nWritten: {}/model.safetensors, config.json\n", bits, options.output);
+    fmt::print("held-out text: {:.4f} bits a byte\nWritten: {}/model.safetensors, config.json, telemetry.jsonl\n", bits,
+               options.output);
 }
 
 }  // namespace

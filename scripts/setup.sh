@@ -1,7 +1,8 @@
 #!/bin/bash
 # Sets up what Turnout needs to build and test: compiler check, Debian packages, Python environment, its packages.
 #
-# Each step says what it does, is skipped when it is done, and says what to do when it fails. Run by make.
+# Each step says what it does, is skipped when it is done, and says what to do when it fails. Run by make. With the word
+# `browser` it sets up that alone: the Chromium that the tests open the report in.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -61,6 +62,14 @@ install_headers() {
   fi
 }
 
+install_browser() {
+  local name
+  for name in chromium chromium-browser google-chrome chrome; do
+    if command -v "$name" >/dev/null; then return; fi
+  done
+  apt_install "browser of the tests" chromium
+}
+
 make_environment() {
   if [[ "$python" != "$PWD/.venv/bin/python" ]]; then
     return # the active environment's torch fits
@@ -103,6 +112,10 @@ pip_install() {
   printf '%s\n' "$wanted" >"$stamp"
 }
 
+if [[ "${1:-}" == browser ]]; then
+  install_browser
+  exit
+fi
 check_compiler
 install_headers
 python="$(scripts/python.sh)"

@@ -134,6 +134,9 @@ struct MoEOutput {
   Routing routing;      ///< after capacity
   DispatchPlan plan;
   at::Tensor dropped;   ///< scalar int64: choices that found no place; their tokens get zero from that expert
+  at::Tensor logits;    ///< [tokens, experts]: what the gate gave
+  at::Tensor balance_loss;  ///< scalar before its coefficient; undefined where that is 0
+  at::Tensor z_loss;        ///< scalar before its coefficient; undefined where that is 0
 };
 
 /// gate → route → losses → capacity → plan → experts, + shared experts.

@@ -2,12 +2,14 @@
 #pragma once
 
 #include <turnout/checkpoint.h>
+#include <turnout/statistics.h>
 #include <turnout/text.h>
 #include <turnout/transformer.h>
 
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -49,6 +51,16 @@ class DivergenceError : public std::runtime_error {
   const std::string where;  ///< "embedding", "layer 2", "head" or "loss"
 };
 
+/// What the router of one sparse layer did in a step.
+struct LayerReport {
+  int64_t layer = 0;  ///< of the model, from 0
+  RoutingStatistics statistics;        ///< of this rank's tokens, where there are several
+  double logit_rms = 0;                ///< root of the mean square of the gate's logits
+  double logit_max = 0;                ///< largest absolute one
+  std::optional<double> balance_loss;  ///< before its coefficient; none where that is 0
+  std::optional<double> z_loss;        ///< before its coefficient; none where that is 0
+};
+
 struct StepReport {
   int64_t step = 0;          ///< counted from 1
   double bits_per_byte = 0;  ///< of this batch, before the step
@@ -57,6 +69,8 @@ struct StepReport {
   at::Tensor expert_load;    ///< [sparse layers, experts] int64: rows that each expert got; undefined when dense
   int64_t choices = 0;       ///< tokens · top_k over all sparse layers
   int64_t dropped = 0;       ///< choices that found no place
+  at::Tensor layer_dropped;  ///< [sparse layers] int64: the same a layer; undefined when dense
+  std::vector<LayerReport> layers{};  ///< one a sparse layer, where the step was observed
 };
 
 /// Trains one model by AdamW with warm-up, cosine and gradient clipping.
@@ -73,8 +87,10 @@ class Trainer {
   ///         batch is no multiple of the ranks
   Trainer(ByteLanguageModel model, TrainingOptions options, std::shared_ptr<const ByteText> text);
 
-  /// Forward, backward, update. @throws DivergenceError; c10::ValueError after the last step
-  StepReport step();
+  /// Forward, backward, update.
+  /// @param observe fill StepReport::layers as well: some passes over the routers' scores
+  /// @throws DivergenceError; c10::ValueError after the last step
+  StepReport step(bool observe = false);
 
   /// Bits per byte over fixed, evenly spaced windows of the held-out text, each byte predicted from those before it
   /// in its window. Changes nothing: where routing draws, the random state is put back.

@@ -117,17 +117,18 @@ MoEOutput MoEImpl::forward(const at::Tensor& x, const at::Tensor& token_mask) {
   auto routing = route(logits_TE, options.top_k, options.router, selection_bias, mask_T);
 
   MoEOutput out;
+  out.logits = logits_TE;
   out.aux_loss = at::zeros({}, routing.scores.options());
   if (options.balance_coefficient > 0) {
     const auto sum = joined_.size == 1 ? SumOverRanks() : [this](const at::Tensor& own) { return sum_over(own, joined_); };
-    const auto loss =
+    out.balance_loss =
         balance_loss(routing.scores, routing.topk_ids, options.load_count, /*group_size=*/0, mask_T, sum);
-    out.aux_loss = out.aux_loss + options.balance_coefficient * loss;
+    out.aux_loss = out.aux_loss + options.balance_coefficient * out.balance_loss;
   }
   if (options.z_coefficient > 0) {
     const auto counted = mask_T.defined() ? mask_T.sum() : at::full({}, x_TD.size(0), routing.topk_ids.options());
-    const auto loss = joined_mean(z_loss(logits_TE, mask_T), counted, joined_);
-    out.aux_loss = out.aux_loss + options.z_coefficient * loss;
+    out.z_loss = joined_mean(z_loss(logits_TE, mask_T), counted, joined_);
+    out.aux_loss = out.aux_loss + options.z_coefficient * out.z_loss;
   }
   auto capped = limit(routing, x);
   routing = std::move(capped.routing);

@@ -49,14 +49,32 @@ at::Tensor prediction_loss(const at::Tensor& logits_BLV, const at::Tensor& token
 }
 
 void count_load(const LanguageModelOutput& output, StepReport& report) {
-  std::vector<at::Tensor> loads;
+  std::vector<at::Tensor> loads, dropped;
   for (const auto& layer : output.layers) {
     if (!layer) continue;
     loads.push_back(layer->plan.tokens_per_expert());
+    dropped.push_back(layer->dropped);
     report.choices += layer->routing.topk_ids.numel();
-    report.dropped += layer->dropped.item<int64_t>();
   }
-  if (!loads.empty()) report.expert_load = at::stack(loads).to(at::kCPU);
+  if (loads.empty()) return;
+  report.expert_load = at::stack(loads).to(at::kCPU);
+  report.layer_dropped = at::stack(dropped).to(at::kCPU);
+  report.dropped = report.layer_dropped.sum().item<int64_t>();
+}
+
+void observe_layers(const LanguageModelOutput& output, StepReport& report) {
+  const at::NoGradGuard no_grad;
+  const auto value_of = [](const at::Tensor& loss) {
+    return loss.defined() ? std::optional<double>(loss.item<double>()) : std::nullopt;
+  };
+  for (size_t i = 0; i < output.layers.size(); ++i) {
+    if (!output.layers[i]) continue;
+    const MoEOutput& out = *output.layers[i];
+    const at::Tensor logits = out.logits.to(at::kFloat);
+    report.layers.push_back({static_cast<int64_t>(i), routing_statistics(out.routing, out.plan, out.dropped),
+                             logits.square().mean().sqrt().item<double>(), logits.abs().max().item<double>(),
+                             value_of(out.balance_loss), value_of(out.z_loss)});
+  }
 }
 
 // The layer that a parameter belongs to, as DivergenceError names it.
@@ -111,7 +129,7 @@ at::Tensor Trainer::batch(int64_t step) const {
   return windows(text_->training, offsets, length).to(model->embedding->weight.device());
 }
 
-StepReport Trainer::step() {
+StepReport Trainer::step(bool observe) {
   TORCH_CHECK_VALUE(!done(), "turnout: Trainer::step: all ", options.steps, " steps are done");
   const MoEOptions& moe = model->options.moe;
   if (model->options.kind != BlockKind::dense && !moe.capacity.dropless() && moe.capacity.order == DropOrder::random)
@@ -131,6 +149,7 @@ StepReport Trainer::step() {
   report.bits_per_byte = loss.item<double>() / std::numbers::ln2;
   report.aux_loss = output.aux_loss.item<double>();
   count_load(output, report);
+  if (observe) observe_layers(output, report);
   join(report);
   refuse_divergence(inputs_BL, report.bits_per_byte + report.aux_loss);
   objective.backward();
@@ -150,7 +169,9 @@ void Trainer::join(StepReport& report) const {
   report.aux_loss = sums[1].item<double>() / static_cast<double>(ranks.size);
   report.choices = sums[2].item<int64_t>();
   report.dropped = sums[3].item<int64_t>();
-  if (report.expert_load.defined()) report.expert_load = sum_over(report.expert_load, ranks);
+  if (!report.expert_load.defined()) return;
+  report.expert_load = sum_over(report.expert_load, ranks);
+  report.layer_dropped = sum_over(report.layer_dropped, ranks);
 }
 
 void Trainer::refuse_divergence(const at::Tensor& tokens, double loss) {

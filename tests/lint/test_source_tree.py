@@ -44,6 +44,7 @@ LEVEL_OF_HEADER = {
     "text.h": "models",
     "transformer.h": "models",
     "training.h": "models",
+    "telemetry.h": "models",
 }
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')

@@ -1,0 +1,87 @@
+// Loads the layer, feeds it a text or random rows, and tells what its router does.
+#include "inspect_layer.h"
+
+#include "inspect_text.h"
+#include "layer_trace.h"
+
+#include <turnout/checkpoint.h>
+#include <turnout/pretrained.h>
+
+#include <ATen/Context.h>
+#include <ATen/Functions.h>
+#include <c10/util/Exception.h>
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+
+namespace turnout::cli {
+namespace {
+
+constexpr int64_t kLongestText = int64_t{64} << 20;
+constexpr int64_t kMostTokens = int64_t{1} << 22;
+constexpr int64_t kWindowsACall = 8;
+constexpr int64_t kLongestConfig = 1 << 20;
+
+/// Whether the folder holds a model of transformers: those of this program have no model_type.
+bool is_published(const std::string& folder) {
+  const Json config =
+      Json::parse(read_file(folder + "/config.json", kLongestConfig), nullptr, /*allow_exceptions=*/false);
+  return config.is_object() && config.contains("model_type");
+}
+
+MoE published_layer(const LayerOptions& o) {
+  const PretrainedMoE model = pretrained_moe(o.checkpoint);
+  TORCH_CHECK_VALUE(std::find(model.layers.begin(), model.layers.end(), o.layer) != model.layers.end(), "--layer is ",
+                    o.layer, ", expected one of those with experts in ", o.checkpoint, ": ",
+                    fmt::format("{}", fmt::join(model.layers, ", ")));
+  TORCH_CHECK_VALUE(o.text.empty(), "--text goes through models that turnout trained, but ", o.checkpoint, " holds a ",
+                    model.family, " model: without it the layer gets random rows");
+  return load_moe_layer(o.checkpoint, o.layer, at::kFloat);
+}
+
+MoE layer_of(const ByteLanguageModel& model, const LayerOptions& o) {
+  const auto layers = static_cast<int64_t>(model->blocks.size());
+  TORCH_CHECK_VALUE(o.layer >= 0 && o.layer < layers, "--layer is ", o.layer, ", expected 0 to ", layers - 1,
+                    ", the layers of ", o.checkpoint);
+  const TransformerBlock& block = model->blocks[static_cast<size_t>(o.layer)];
+  TORCH_CHECK_VALUE(!block->dense, "--layer is ", o.layer, ", which is dense in ", o.checkpoint,
+                    ", expected one with experts");
+  return block->moe ? block->moe : block->hybrid->moe;
+}
+
+std::string router_of(const RouterOptions& options) {
+  return fmt::format("{}, {}", to_string(options.score), to_string(options.weights));
+}
+
+}  // namespace
+
+Json layer_json(const LayerOptions& o) {
+  TORCH_CHECK_VALUE(o.tokens >= 1 && o.tokens <= kMostTokens, "--tokens is ", o.tokens, ", expected 1 to ",
+                    kMostTokens);
+  const bool published = is_published(o.checkpoint);
+  ByteLanguageModel model = published ? ByteLanguageModel(nullptr) : load_model(o.checkpoint);
+  const MoE moe = published ? published_layer(o) : layer_of(model, o);
+  Json json = {{"checkpoint", o.checkpoint}, {"layer", o.layer}, {"router", router_of(moe->options.router)}};
+  if (o.text.empty()) {
+    at::manual_seed(o.seed);
+    // The layer stands behind a norm: its input has mean 0 and deviation 1.
+    const LayerTrace trace = trace_layer(moe, o.layer, at::randn({o.tokens, moe->options.hidden}));
+    json["input"] = fmt::format("{} random rows, normal with deviation 1", o.tokens);
+    json["trace"] = trace_json(trace);
+    return json;
+  }
+  const TextWindows windows =
+      windows_of(read_file(o.text, kLongestText), model->options.context, kWindowsACall, o.tokens);
+  for (const LayerTrace& trace : trace_model(model, windows, kWindowsACall)) {
+    if (trace.layer != o.layer) continue;
+    json["input"] =
+        fmt::format("{} bytes of {} through the model, in windows of {}", windows.text.size(), o.text, windows.length);
+    json["trace"] = trace_json(trace);
+    json["takers"] = takers_json(trace, windows);
+  }
+  return json;
+}
+
+}  // namespace turnout::cli
