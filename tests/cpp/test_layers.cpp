@@ -1,6 +1,7 @@
 // Layers: against a naive loop over tokens, capacity and drops by hand, losses that scale, and impossible options.
 #include "helpers.h"
 
+#include <turnout/gate.h>
 #include <turnout/hierarchical_moe.h>
 #include <turnout/moe.h>
 #include <turnout/router_variants.h>
@@ -146,13 +147,14 @@ TEST(MoE, NoiseAndJitterActInTrainingAlone) {
   MoE moe(options);
   const auto x = at::randn({9, 6});
   moe->eval();
-  EXPECT_TRUE(at::equal(moe->forward(x).routing.scores, route(moe->gate.forward<at::Tensor>(x), 2).scores));
+  const auto weight = moe->gate.get<torch::nn::Linear>()->weight;
+  EXPECT_TRUE(at::equal(moe->forward(x).routing.scores, route(gate_logits(x, weight), 2).scores));
   moe->train();
   at::manual_seed(6);
   const auto seen = moe->forward(x).routing.scores;
   at::manual_seed(6);
   const auto jittered = jitter(x, 0.5);
-  const auto noisy = noisy_logits(moe->gate.forward<at::Tensor>(jittered), at::zeros({9, 4}));
+  const auto noisy = noisy_logits(gate_logits(jittered, weight), at::zeros({9, 4}));
   EXPECT_TRUE(at::equal(seen, route(noisy.logits, 2).scores));
   EXPECT_EQ(moe->noise_gate->weight.sizes(), (at::IntArrayRef{4, 6}));
   options.jitter = 1;
