@@ -97,7 +97,7 @@ class PackedLayout {
     return static_cast<size_t>(num_experts_) * up_bytes_ + static_cast<size_t>(expert) * down_bytes_;
   }
 
-  /// Implementation, type, form of `up` and sizes in words, such as "avx512_bf16 bf16 gated 64x1024x512 v1": equal
+  /// Implementation, type, form of `up` and sizes in words, such as "avx512_bf16 bf16 gated 64x1024x512 v2": equal
   /// words mean equal layouts, also from one process to another.
   std::string words() const;
 
