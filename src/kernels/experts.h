@@ -160,4 +160,8 @@ void backward(const Implementation& implementation, const ExpertsProblem& proble
 /// Frees the scratch memory kept between calls (at most 256 MB; what is in use stays).
 void release_scratch();
 
+/// Memory in whole pages of 2 MB, aligned to them and advised to be huge; contents are arbitrary. @throws std::bad_alloc
+char* huge_alloc(size_t bytes);
+void huge_free(char* p);
+
 }  // namespace turnout::kernels

@@ -1,7 +1,7 @@
 // A pool of freed blocks, oldest first; the smallest that fits without waste is taken again.
 #include "fresh.h"
 
-#include "scratch.h"
+#include "kernels/table.h"
 
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
