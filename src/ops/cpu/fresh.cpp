@@ -19,6 +19,7 @@
 namespace turnout::ops {
 namespace {
 
+constexpr size_t kPage = size_t{2} << 20;
 constexpr size_t kLarge = size_t{4} << 20;  // below, glibc reuses memory, which is then resident
 
 size_t most_kept() {
@@ -96,7 +97,6 @@ void give_back(void* context) {
 class Allocator : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    constexpr size_t kPage = size_t{2} << 20;
     try {
       auto* block = new Block{};
       try {
@@ -122,6 +122,16 @@ at::Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
   if (bytes < kLarge) return at::empty(sizes, options);
   static Allocator allocator;
   return at::detail::empty_generic(sizes, &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), type, std::nullopt);
+}
+
+void advise_huge_pages([[maybe_unused]] const at::Tensor& tensor) {
+#if defined(__linux__)
+  if (!tensor.device().is_cpu() || tensor.nbytes() < kLarge) return;
+  // whole pages inside the tensor alone: the advice reaches nobody else's memory
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  const auto first = (begin + kPage - 1) / kPage * kPage, last = (begin + tensor.nbytes()) / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may be refused
+#endif
 }
 
 void release_fresh() { pool().release(); }

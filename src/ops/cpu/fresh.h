@@ -17,4 +17,7 @@ at::Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options);
 /// Unmaps what waits in the pool.
 void release_fresh();
 
+/// Advises huge pages for a tensor on the CPU that something else allocated and nobody has written to, or only begun to.
+void advise_huge_pages(const at::Tensor& tensor);
+
 }  // namespace turnout::ops
