@@ -17,7 +17,7 @@ namespace turnout::kernels {
 inline int64_t worker_bytes(const Stages& s, int64_t weight) {
   const int64_t panel = s.panel * 4;
   const int64_t strips = kStripWords * panel;
-  const int64_t sums = kPassRows * (kGroupWords / (kChunkWords / 2)) * panel;
+  const int64_t sums = kPassRows * kSumPanels * panel;
   const int64_t rows = 2 * (kChunkWords + 2) * static_cast<int64_t>(sizeof(char*));
   return round_up(std::max(strips + sums + rows, weight), 4096) + 64;
 }
@@ -71,10 +71,10 @@ struct TokenRows {
 };
 
 /// Panels of a task: the whole product where many experts share the work, less where few do, in whole groups.
-inline int64_t span_of(int64_t panels, int64_t words, int64_t items, int threads) {
+inline int64_t span_of(int64_t panels, int64_t words, int64_t items, int threads, int64_t chunk_words = kChunkWords) {
   // 8 tasks a thread and product keep the idle tail near 1 / 16 of a product's time over the items of a pass
   const int64_t pieces = div_up(int64_t{8} * threads, items > 0 ? items : 1);
-  const int64_t group = group_of(words);
+  const int64_t group = group_of(words, chunk_words);
   return std::max(group, std::min(panels, round_up(div_up(panels, std::max<int64_t>(pieces, 1)), group)));
 }
 

@@ -134,14 +134,19 @@ extern const Stages kAvx512Bf16Stages, kAvx512Stages, kAvx2Stages, kPortableStag
 
 /// Words of a reduction done in one pass: beyond that, a panel and its rows no longer fit the L2 cache together.
 constexpr int64_t kChunkWords = 1024;
+/// The same for plain weights [reduction, outputs]: few enough that their rows, a group's columns of each, arrive in whole
+/// runs and stay in the L2 cache until they are packed, whatever the stride of a row.
+constexpr int64_t kNaturalChunkWords = 256;
 /// Words (times a panel) of weights that a worker holds at once: at most 1536 · 64 · 4 B = 384 KB of a 1 MB L2 cache.
 constexpr int64_t kGroupWords = 1536;
 /// The same with room for chunks that are rounded to whole pairs.
 constexpr int64_t kStripWords = kGroupWords + 16;
 /// Rows done in one pass where the reduction takes several.
-constexpr int64_t kPassRows = 1024;
+constexpr int64_t kPassRows = 512;
 /// Rows of a segment of `forward`: enough to make packing a panel cost about 2 %.
 constexpr int64_t kSegmentRows = 1024;
+/// Panels of a group at most, whose sums wait between passes.
+constexpr int64_t kSumPanels = 8;
 /// Words over rows that one pass of a weight gradient reduces.
 constexpr int64_t kWeightChunkWords = 1024;
 constexpr int64_t kMaxTileRows = 6;
@@ -154,8 +159,8 @@ constexpr int64_t words_of(int64_t elements, bool bf16) { return bf16 ? (element
 constexpr int64_t row_element(const Stages& s, bool bf16) { return bf16 && !s.wide_rows ? 2 : 4; }
 
 /// Panels of a reduction of `words` words that are held together.
-constexpr int64_t group_of(int64_t words) {
-  const int64_t chunk = div_up(words, div_up(words > 0 ? words : 1, kChunkWords));
+constexpr int64_t group_of(int64_t words, int64_t chunk_words) {
+  const int64_t chunk = div_up(words, div_up(words > 0 ? words : 1, chunk_words));
   const int64_t g = kGroupWords / (chunk > 0 ? chunk : 1);
   return g < 1 ? 1 : g > 8 ? 8 : g;
 }

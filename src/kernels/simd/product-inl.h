@@ -116,10 +116,12 @@ inline Ahead share(const char* begin, int64_t bytes, int64_t words, int64_t i, i
 }
 
 /// Panels packed beforehand. As every source: panels [g, g + n), words [k0, k0 + words) of them, into strips or not;
-/// and what comes after them, of which each of n tiles fetches a share. `kStripBF`: whether words are pairs of bf16.
+/// and what comes after them, of which each of n tiles fetches a share. `kStripBF`: whether words are pairs of bf16; `kChunk`:
+/// words of a pass.
 template <class V, bool BF>
 struct PackedSource {
   static constexpr bool kStripBF = BF;
+  static constexpr int64_t kChunk = kChunkWords;
   const char* base;
   int64_t words;
   const char* panel(int64_t p, int64_t k0) const { return base + (p * words + k0) * 4 * kPanel<V>; }
@@ -135,6 +137,7 @@ struct PackedSource {
 template <class V>
 struct SplitSource {
   static constexpr bool kStripBF = false;
+  static constexpr int64_t kChunk = kChunkWords;
   PackedSource<V, true> pairs;
   void panels(int64_t g, int64_t n, int64_t k0, int64_t words, char* strips, const char** at) const {
     constexpr int64_t row = 4 * kPanel<V>;
@@ -160,6 +163,7 @@ struct SplitSource {
 template <class V, bool BF, bool Gated, bool Split = kWideRows<V, BF>>
 struct TransposedSource {
   static constexpr bool kStripBF = BF && !Split;
+  static constexpr int64_t kChunk = kChunkWords;
   const char* weight;
   int64_t outputs, bytes;  ///< of all rows (of one half where gated), of a row
   /// First of the rows that are vector j of panel p, and how many there are from it on.
@@ -191,6 +195,7 @@ struct TransposedSource {
 template <class V, bool BF, bool Split = kWideRows<V, BF>>
 struct NaturalSource {
   static constexpr bool kStripBF = BF && !Split;
+  static constexpr int64_t kChunk = kNaturalChunkWords;
   const char* weight;
   int64_t outputs, reduction;
   const char** rows;  ///< room for the row pointers of a chunk
@@ -216,14 +221,8 @@ struct NaturalSource {
       if (Split && count < words) __builtin_memset(strips + (p * words + count) * 4 * P, 0, static_cast<size_t>(4 * P));
     }
   }
-  // a word's lines, by turns, once; not where the rows' lines push each other out of the cache before they are packed:
-  // rows of a multiple of 4 KB share a 32nd of a 2 MB cache
-  Ahead ahead(int64_t p, int64_t k0, int64_t, int64_t, int64_t i, int64_t) const {
-    constexpr int64_t lines = div_up(kPanel<V> * kSize, 64);
-    const int64_t row = outputs * kSize;
-    if (i >= kPer * lines || (row & 4095) == 0) return {weight, 0};
-    return {weight + (k0 * kPer + i / lines) * row + p * kPanel<V> * kSize + i % lines * 64, kPer * row};
-  }
+  // nothing between tiles: fetching lines from memory there takes the few line buffers that the tiles need for the cache
+  Ahead ahead(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t) const { return {weight, 0}; }
 };
 
 /// Rows up to which plain weights are read where they lie: beyond it, packing a panel costs less than re-reading it.
@@ -242,9 +241,6 @@ struct SweepMemory {
   float* sums;   ///< kPassRows rows of a group, used where the reduction takes several passes
   const char** rows;
 };
-
-// several passes mean chunks of more than kChunkWords / 2 words, hence groups of at most this many panels
-constexpr int64_t kSumPanels = kGroupWords / (kChunkWords / 2);
 
 template <class V>
 SweepMemory<V> sweep_memory(char* worker) {
@@ -266,7 +262,7 @@ void sweep(const RowSet& a, int64_t words, int64_t begin, int64_t end, const Sou
   constexpr int64_t P = kPanel<V>;
   constexpr bool BF = Source::kStripBF;
   const SweepMemory<V> memory = sweep_memory<V>(worker);
-  const int64_t group = group_of(words), passes = words > 0 ? div_up(words, kChunkWords) : 1;
+  const int64_t group = group_of(words, Source::kChunk), passes = words > 0 ? div_up(words, Source::kChunk) : 1;
   const int64_t most = max_rows<V, BF>(), pass_rows = passes > 1 ? kPassRows : a.count;
   const auto chunk_begin = [&](int64_t c) { return c == passes ? words : words * c / passes / 2 * 2; };
   float local[kMaxTileRows * P];
