@@ -45,7 +45,8 @@ class ExpertParallelImpl : public ExpertsModule {
   /// @param chunks pieces of an exchange: while one runs through the experts the next is on its way. More than 1 pays
   ///        where the network is slow and the experts leave it idle
   /// @throws c10::ValueError when these do not fit together
-  ExpertParallelImpl(std::shared_ptr<ExpertsModule> local, Group group, std::vector<int64_t> bounds, int64_t chunks = 1);
+  ExpertParallelImpl(std::shared_ptr<ExpertsModule> local, Group group, std::vector<int64_t> bounds,
+                     int64_t chunks = 1);
 
   /// @throws DistributedError naming the operation and the rank when one is lost or sends other rows
   at::Tensor forward(const at::Tensor& x, const at::Tensor& topk_weights, const DispatchPlan& plan) override;

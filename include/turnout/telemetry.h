@@ -11,8 +11,9 @@ namespace turnout {
 
 /// Collects what Trainer::step() reports and writes a line an interval, and one a sparse layer and interval.
 ///
-/// The fields stand in docs/telemetry.md. Sums are taken over every step; what costs passes over the scores is looked at
-/// in the last step of an interval alone, so that a run of a hundred steps and more spends below 1 % of its time here.
+/// The fields stand in docs/telemetry.md. Sums are taken over every step; what costs passes over the scores is looked
+/// at in the last step of an interval alone, so that a run of a hundred steps and more spends below 1 % of its time
+/// here.
 class Telemetry {
  public:
   /// @param model name that each line bears

@@ -40,6 +40,8 @@ def expert_parallel(
     Raises ValueError or TypeError that names the argument; RuntimeError when a rank is lost or its rows differ in type.
     """
     if group is None:
+        if not torch.distributed.is_initialized():
+            raise ValueError("turnout.expert_parallel: group is None, and torch.distributed is not initialised")
         group = torch.distributed.group.WORLD
     name = group if isinstance(group, str) else group.group_name
     weights = (_as_list("up", up), _as_list("down", down), _as_list("up_bias", up_bias),

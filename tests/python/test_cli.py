@@ -68,7 +68,7 @@ def test_version_names_turnout_torch_and_kernels():
     ("compare --pattern some", "'some'"),
     ("compare --activation tanh", "'tanh'"),
     ("compare --layers 0", "layers is 0"),
-    ("compare --experts 4 --top-k 5", "top_k is 5, expected 1 to the number of experts, 4"),
+    ("compare --experts 4 --top-k 5", "top_k is 5, expected 1 to 4 (num_experts)"),
     ("compare --hidden 99999999999", "hidden is 99999999999"),
     ("compare --hidden 30 --heads 4", "hidden is 30"),
     ("compare --alpha 2", "alpha is 2"),
