@@ -70,6 +70,7 @@ at::Tensor sinkhorn(const at::Tensor& logits, double tolerance) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("turnout::sinkhorn", "")
                              .typed<at::Tensor(const at::Tensor&, double)>();
+  ops::check_floating("turnout::sinkhorn", "logits", logits);
   return op.call(logits.detach(), tolerance);
 }
 
