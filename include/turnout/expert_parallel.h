@@ -23,8 +23,9 @@ struct ParallelLayout {
   Group all{};       ///< every rank: what is no expert, and the joined batch
   Group experts{};   ///< ranks that hold one set of experts together; neighbours, so mostly of one machine
   Group replicas{};  ///< ranks that hold the same experts
-  int64_t chunks = 1;        ///< pieces that an exchange is cut into, so that it overlaps with the experts; 0: as many as
-                             ///< make a Trainer's steps fastest (chunk_trial.h)
+  /// Pieces that an exchange is cut into, so that it overlaps with the experts; 0: as many as make a Trainer's steps
+  /// fastest (chunk_trial.h).
+  int64_t chunks = 1;
   bool joined_batch = true;  ///< capacity and losses are those of the batch of all ranks; false: of each rank's own
 };
 

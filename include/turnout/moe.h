@@ -46,7 +46,8 @@ class FeedForwardImpl : public torch::nn::Module {
 };
 TORCH_MODULE(FeedForward);
 
-/// Runs some experts: x [tokens, hidden], topk_weights [tokens, top_k] and a plan over those experts → [tokens, hidden].
+/// Runs some experts: x [tokens, hidden], topk_weights [tokens, top_k] and a plan over those experts
+/// → [tokens, hidden].
 using RunExperts =
     std::function<at::Tensor(const at::Tensor& x, const at::Tensor& topk_weights, const DispatchPlan& plan)>;
 
@@ -61,8 +62,8 @@ class ExpertsModule : public torch::nn::Module {
     beside();
     return forward(x, topk_weights, plan);
   }
-  /// One forward in parts, each with experts of its own: the first counts[0], the next counts[1], …, in any order of calls.
-  /// Together they cost one forward and one backward; parts of experts of an unknown kind each run all of them.
+  /// One forward in parts, each with experts of its own: the first counts[0], the next counts[1], …, in any order of
+  /// calls. Together they cost one forward and one backward; parts of experts of an unknown kind each run all of them.
   /// @param counts adding up to num_experts()
   virtual std::vector<RunExperts> parts(const std::vector<int64_t>& counts);
   virtual int64_t num_experts() const = 0;
