@@ -135,8 +135,8 @@ void run_steps(const TrainOptions& options, Trainer& trainer, Telemetry& telemet
 std::string found_chunks(const ChunkTrial& trial) {
   std::string text;
   for (const auto& [chunks, seconds] : trial.medians())
-    text += fmt::format("{}{:.1f} ms in {}", text.empty() ? "" : ", ", 1e3 * seconds, chunks);
-  return text.empty() ? "" : fmt::format("exchange in {} of 1, 2 or 4 chunks: steps of {}\n", trial.chunks(), text);
+    text += fmt::format("{}{:.1f} ms with {}", text.empty() ? "" : ", ", 1e3 * seconds, chunks);
+  return text.empty() ? "" : fmt::format("chunks of an exchange: {} (a step took {})\n", trial.chunks(), text);
 }
 
 void describe(const RunOptions& run, const Trainer& trainer, const Ranks& ranks) {
@@ -145,8 +145,11 @@ void describe(const RunOptions& run, const Trainer& trainer, const Ranks& ranks)
   if (ranks.size() > 1)
     fmt::print("{} ranks, experts on {} of them, {} times\n", ranks.size(), ranks.layout().experts.size,
                ranks.layout().replicas.size);
-  fmt::print("steps {} to {} of {} x {} tokens\n", trainer.steps_done() + 1, run.training.steps, run.training.batch,
-             run.model.context);
+  if (trainer.done())
+    fmt::print("all {} steps are done already\n", run.training.steps);
+  else
+    fmt::print("steps {} to {} of {} x {} tokens\n", trainer.steps_done() + 1, run.training.steps, run.training.batch,
+               run.model.context);
   std::fflush(stdout);
 }
 
