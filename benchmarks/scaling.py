@@ -1,17 +1,22 @@
 """Measures expert parallelism on this machine, fits the cost model of docs/scaling.md, and says what it predicts.
 
-    python benchmarks/scaling.py [--ranks 1,2] [--shape many-rows,few-rows,gelu] [--json FOLDER]
+    python benchmarks/scaling.py [--shape many-rows,few-rows,gelu] [--json FOLDER]
+    python benchmarks/scaling.py --link 1000        the two ranks on two hosts, joined by 1000 Mbit/s (root)
 
-Runs `turnout bench --exchange` under torchrun with one thread a rank and prints Markdown: what was measured, the model
-beside it, and predictions for links of published speed, which are marked as such.
+Runs `turnout bench --exchange` with one thread a rank, on one rank and on two, and prints Markdown: what was measured,
+the model beside it, and predictions for links of published speed, which are marked as such.
 """
 
 import argparse
 import json
+import os
 import pathlib
+import socket
 import subprocess
 import sys
 import tempfile
+
+from two_hosts import ADDRESS, Unavailable, two_hosts
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "build" / "bin" / "turnout"
@@ -20,13 +25,32 @@ PROGRAM = ROOT / "build" / "bin" / "turnout"
 LINKS = {"10 Gbit/s Ethernet": 1.25e9, "100 Gbit/s Ethernet": 12.5e9, "400 Gbit/s InfiniBand NDR": 50e9}
 
 
-def measure(ranks, arguments, folder):
-    """The JSON of one run."""
+def run_ranks(command, prefixes, host):
+    """One process a prefix, as a launcher would start them; ends this program where one fails."""
+    with socket.socket() as end:
+        end.bind(("", 0))
+        port = str(end.getsockname()[1])
+    ranks = []
+    for rank, prefix in enumerate(prefixes):
+        environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(len(prefixes)), "MASTER_ADDR": host,
+                       "MASTER_PORT": port}
+        ranks.append(subprocess.Popen([*prefix, *command], env=environment, stdout=sys.stderr))
+    if any([rank.wait() != 0 for rank in ranks]):
+        sys.exit(f"{' '.join(map(str, command))}: failed")
+
+
+def measure(ranks, link, arguments, folder):
+    """The JSON of one run. @param link: Mbit/s between the ranks; 0: all on this host"""
     path = folder / f"ranks-{ranks}.json"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--no-python", "--standalone",
-                "--nproc-per-node", str(ranks)]
-    subprocess.run([*torchrun, PROGRAM, "bench", "--exchange", "--threads", "1", "--json", path, *arguments],
-                   check=True, stdout=sys.stderr)
+    command = [PROGRAM, "bench", "--exchange", "--threads", "1", "--json", path, *arguments]
+    if ranks > 1 and link > 0:
+        try:
+            with two_hosts(link) as prefixes:
+                run_ranks(command, prefixes, ADDRESS)
+        except Unavailable as reason:
+            sys.exit(f"--link: {reason}")
+    else:
+        run_ranks(command, [[]] * ranks, "127.0.0.1")
     return json.loads(path.read_text())
 
 
@@ -105,7 +129,7 @@ def print_predictions(run):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", default="1,2")
+    parser.add_argument("--link", type=int, default=0, help="Mbit/s between two hosts of a rank each; 0: one host")
     parser.add_argument("--shape", default="many-rows,few-rows,gelu")
     parser.add_argument("--type", default="bf16,fp32")
     parser.add_argument("--seconds", default="0.5")
@@ -115,11 +139,10 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.json or pathlib.Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        runs = [measure(int(ranks), arguments, folder) for ranks in options.ranks.split(",")]
+        runs = [measure(ranks, options.link, arguments, folder) for ranks in (1, 2)]
     print_measured(runs)
-    if len(runs) > 1:
-        print_model(runs[-1], runs[0])
-        print_predictions(runs[-1])
+    print_model(runs[1], runs[0])
+    print_predictions(runs[1])
 
 
 if __name__ == "__main__":

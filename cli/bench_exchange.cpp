@@ -45,13 +45,21 @@ class Rounds {
  public:
   Rounds(const Ranks& ranks, double seconds) : ranks_(ranks), seconds_(seconds) {}
 
-  Spread measure(const std::function<void()>& run) const {
-    const double once = slowest({timed(run, kWarm)})[0] / kWarm;
-    const auto rounds = std::clamp(static_cast<int64_t>(ranks_.of_first(seconds_ / std::max(once, 1e-6))), kFewest, kMost);
-    std::vector<double> times;
-    for (int64_t i = 0; i < rounds; ++i) times.push_back(timed(run, 1));
+  Spread measure(const std::function<void()>& run) const { return measure_by_turns({run})[0]; }
+
+  // For times that are compared with each other: what disturbs one round falls on all.
+  std::vector<Spread> measure_by_turns(const std::vector<std::function<void()>>& runs) const {
+    double once = 0;
+    for (const auto& run : runs) once += slowest({timed(run, kWarm)})[0] / kWarm;
+    const double wanted = seconds_ * static_cast<double>(runs.size()) / std::max(once, 1e-6);
+    const auto rounds = std::clamp(static_cast<int64_t>(ranks_.of_first(wanted)), kFewest, kMost);
+    std::vector<std::vector<double>> times(runs.size());
+    for (int64_t i = 0; i < rounds; ++i)
+      for (size_t r = 0; r < runs.size(); ++r) times[r].push_back(timed(runs[r], 1));
     if (ranks_.interrupted_anywhere()) throw Interrupted("stopped");
-    return spread_of(slowest(times));
+    std::vector<Spread> spreads;
+    for (const auto& of_run : times) spreads.push_back(spread_of(slowest(of_run)));
+    return spreads;
   }
 
  private:
@@ -131,30 +139,34 @@ Json run(const Case& c, const std::string& type_name, const Rounds& rounds) {
   Json json{{"shape", to_json(c.shape)}, {"type", type_name}, {"tokens", c.tokens}, {"bytes", c.bytes()}};
   {
     const at::NoGradGuard no_grad;
-    json["plain"] = to_json(rounds.measure([&] {
-      plain_all_to_all(plain_all_to_all(rows, c.receive, c.send, c.group), c.send, c.receive, c.group);
-    }));
-    json["exchange"] = to_json(rounds.measure([&] {
-      exchange_rows(exchange_rows(rows, c.send, c.receive, c.group), c.receive, c.send, c.group);
-    }));
+    const auto plain_and_ours = rounds.measure_by_turns(
+        {[&] { plain_all_to_all(plain_all_to_all(rows, c.receive, c.send, c.group), c.send, c.receive, c.group); },
+         [&] { exchange_rows(exchange_rows(rows, c.send, c.receive, c.group), c.receive, c.send, c.group); }});
+    json["plain"] = to_json(plain_and_ours[0]);
+    json["exchange"] = to_json(plain_and_ours[1]);
     json["counts"] = to_json(rounds.measure([&] { exchange_counts(c.plan.tokens_per_expert(), c.bounds, c.x, c.group); }));
     auto bank = c.bank;
     json["experts"] = to_json(rounds.measure([&] { bank->forward(arrived, ones, own_plan); }));
   }
+  std::vector<std::function<void()>> forwards, steps;
   for (const auto chunks : kChunks) {
     ExpertParallel layer(c.bank.ptr(), c.group, c.bounds, chunks);
-    json["forward"][std::to_string(chunks)] = to_json(rounds.measure([&] {
+    forwards.emplace_back([&c, layer]() mutable {
       const at::NoGradGuard no_grad;
       layer->forward(c.x, c.weights, c.plan);
-    }));
-    json["step"][std::to_string(chunks)] = to_json(rounds.measure([&] { step(layer, c); }));
+    });
+    steps.emplace_back([&c, layer]() mutable { step(layer, c); });
+  }
+  for (const auto& [name, runs] : {std::pair{"forward", forwards}, {"step", steps}}) {
+    const auto spreads = rounds.measure_by_turns(runs);
+    for (size_t i = 0; i < kChunks.size(); ++i) json[name][std::to_string(kChunks[i])] = to_json(spreads[i]);
   }
   return json;
 }
 
 constexpr const char* kRow = "{:<17} {:>6} {:<4} {:>8} {:>9} {:>9} {:>7} {:>9} {:>23} {:>23}\n";
 
-void print_row(const Json& json) {
+void print_row(const Json& json, int64_t ranks) {
   const auto ms = [](const Json& spread) { return fmt::format("{:.2f}", 1e3 * spread.at("median").get<double>()); };
   const auto all = [&](const Json& of_chunks) {
     std::string text;
@@ -164,7 +176,7 @@ void print_row(const Json& json) {
   const double plain = json.at("plain").at("median"), exchange = json.at("exchange").at("median");
   fmt::print(kRow, json.at("shape").at("name").get<std::string>(), json.at("tokens").get<int64_t>(),
              json.at("type").get<std::string>(), fmt::format("{:.2f}", json.at("bytes").get<double>() / 1e6),
-             ms(json.at("plain")), ms(json.at("exchange")), fmt::format("{:.0f} %", 100 * plain / exchange),
+             ms(json.at("plain")), ms(json.at("exchange")), ranks > 1 ? fmt::format("{:.0f} %", 100 * plain / exchange) : "-",
              ms(json.at("experts")), all(json.at("forward")), all(json.at("step")));
   std::fflush(stdout);
 }
@@ -188,7 +200,7 @@ void bench_exchange(const std::vector<BenchShape>& shapes, const std::vector<std
       if (!types.empty() && std::find(types.begin(), types.end(), type) == types.end()) continue;
       for (const auto tokens : shape.tokens) {
         json["results"].push_back(run(Case(shape, type, tokens, ranks.layout().experts), type, rounds));
-        if (ranks.first()) print_row(json["results"].back());
+        if (ranks.first()) print_row(json["results"].back(), ranks.size());
       }
     }
   if (ranks.first() && !path.empty()) write_file(path, json.dump(2) + "\n");

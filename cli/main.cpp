@@ -33,7 +33,7 @@ int fail(int status, const std::string& message) {
   return status;
 }
 
-// What every rank of a run comes upon alike is said by the first.
+// What all ranks of a run agreed on, or computed alike, is said by the first. Everything else may be true of one alone.
 int fail_alike(int status, const std::string& message) {
   return turnout::cli::rank_of_process() > 0 ? status : fail(status, message);
 }
@@ -88,18 +88,16 @@ int run(int argc, char** argv) {
     return 0;
   } catch (const CLI::ParseError& error) {
     if (argc > 1 && argv[1][0] != '-' && program.get_subcommands().empty())
-      return fail_alike(
+      return fail(
           2, fmt::format("unknown subcommand '{}', expected compare, train, generate, bench or inspect (see --help)",
                          argv[1]));
-    return fail_alike(2, std::string(error.what()) + " (see --help)");
+    return fail(2, std::string(error.what()) + " (see --help)");
   } catch (const turnout::cli::Interrupted& stop) {
     return fail_alike(130, stop.what());
   } catch (const turnout::DivergenceError& error) {
     return fail_alike(1, error.what());
   } catch (const turnout::FileError& error) {
     return fail(2, error.what());
-  } catch (const c10::ValueError& error) {
-    return fail_alike(2, error.what_without_backtrace());
   } catch (const c10::Error& error) {
     return fail(2, error.what_without_backtrace());
   } catch (const std::bad_alloc&) {

@@ -19,7 +19,7 @@ void add_rank_options(CLI::App& app, RankOptions& options) {
                  "Ranks that hold one set of experts; more ranks make replicas; 0 = all ranks")
       ->group(group)
       ->capture_default_str();
-  app.add_option("--chunks", options.chunks, "Pieces of an exchange, so that it overlaps with the experts")
+  app.add_option("--chunks", options.chunks, "Pieces of an exchange, so that it overlaps with the experts; 0 = 1, 2 or 4, by the time of the first steps")
       ->group(group)
       ->capture_default_str();
   app.add_flag("--own-batch", options.own_batch,

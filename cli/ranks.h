@@ -16,7 +16,7 @@ namespace turnout::cli {
 /// Options that matter where there are several ranks.
 struct RankOptions {
   int64_t expert_ranks = 0;  ///< that hold one set of experts; 0 = all
-  int64_t chunks = 1;
+  int64_t chunks = 0;        ///< 0 = found in the first steps
   bool own_batch = false;    ///< capacity and losses of each rank's own tokens
 };
 

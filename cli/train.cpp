@@ -131,6 +131,14 @@ void run_steps(const TrainOptions& options, Trainer& trainer, Telemetry& telemet
   }
 }
 
+// What the trial of chunks found; empty where there was none, or too few steps.
+std::string found_chunks(const ChunkTrial& trial) {
+  std::string text;
+  for (const auto& [chunks, seconds] : trial.medians())
+    text += fmt::format("{}{:.1f} ms in {}", text.empty() ? "" : ", ", 1e3 * seconds, chunks);
+  return text.empty() ? "" : fmt::format("exchange in {} of 1, 2 or 4 chunks: steps of {}\n", trial.chunks(), text);
+}
+
 void describe(const RunOptions& run, const Trainer& trainer, const Ranks& ranks) {
   fmt::print("{} parameters, {} active; FLOPs a token: {}\n", count_parameters(run.model).total,
              count_parameters(run.model).active, to_string(flops_per_token(run.model)));
@@ -173,9 +181,9 @@ void train(TrainOptions& options, RunArguments& arguments) {
   save_model(trainer.model, options.output);
   if (ranks.first())
     fmt::print(
-        "held-out text: {:.4f} bits a byte\ntelemetry: {:.2f} % of the time of the steps\n"
+        "{}held-out text: {:.4f} bits a byte\ntelemetry: {:.2f} % of the time of the steps\n"
         "Written: {}/model.safetensors, config.json, telemetry.jsonl\n",
-        bits, 100 * telemetry.share(), options.output);
+        found_chunks(trainer.chunk_trial()), bits, 100 * telemetry.share(), options.output);
 }
 
 }  // namespace

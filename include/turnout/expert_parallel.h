@@ -23,7 +23,8 @@ struct ParallelLayout {
   Group all{};       ///< every rank: what is no expert, and the joined batch
   Group experts{};   ///< ranks that hold one set of experts together; neighbours, so mostly of one machine
   Group replicas{};  ///< ranks that hold the same experts
-  int64_t chunks = 1;        ///< pieces that an exchange is cut into, so that it overlaps with the experts
+  int64_t chunks = 1;        ///< pieces that an exchange is cut into, so that it overlaps with the experts; 0: as many as
+                             ///< make a Trainer's steps fastest (chunk_trial.h)
   bool joined_batch = true;  ///< capacity and losses are those of the batch of all ranks; false: of each rank's own
 };
 
@@ -42,8 +43,8 @@ class ExpertParallelImpl : public ExpertsModule {
  public:
   /// @param local the experts of this rank: bounds[rank + 1] - bounds[rank] of them
   /// @param bounds of the ranks, see expert_bounds()
-  /// @param chunks pieces of an exchange: while one runs through the experts the next is on its way. More than 1 pays
-  ///        where the network is slow and the experts leave it idle
+  /// @param chunks pieces of an exchange, by experts: while one runs through them the next is on its way. More than 1
+  ///        pays where the network takes as long as the experts; more than a rank has experts count as these
   /// @throws c10::ValueError when these do not fit together
   ExpertParallelImpl(std::shared_ptr<ExpertsModule> local, Group group, std::vector<int64_t> bounds, int64_t chunks = 1);
 
@@ -57,7 +58,7 @@ class ExpertParallelImpl : public ExpertsModule {
 
   const Group group;
   const std::vector<int64_t> bounds;
-  const int64_t chunks;
+  int64_t chunks;  ///< may change between steps, on all ranks alike: what is computed does not
   const std::shared_ptr<ExpertsModule> local;
 };
 TORCH_MODULE(ExpertParallel);

@@ -45,6 +45,10 @@ class FeedForwardImpl : public torch::nn::Module {
 };
 TORCH_MODULE(FeedForward);
 
+/// Runs some experts: x [tokens, hidden], topk_weights [tokens, top_k] and a plan over those experts → [tokens, hidden].
+using RunExperts =
+    std::function<at::Tensor(const at::Tensor& x, const at::Tensor& topk_weights, const DispatchPlan& plan)>;
+
 /// What experts of any kind do: make tokens of tokens, following a plan.
 class ExpertsModule : public torch::nn::Module {
  public:
@@ -56,6 +60,10 @@ class ExpertsModule : public torch::nn::Module {
     beside();
     return forward(x, topk_weights, plan);
   }
+  /// One forward in parts, each with experts of its own: the first counts[0], the next counts[1], …, in any order of calls.
+  /// Together they cost one forward and one backward; parts of experts of an unknown kind each run all of them.
+  /// @param counts adding up to num_experts()
+  virtual std::vector<RunExperts> parts(const std::vector<int64_t>& counts);
   virtual int64_t num_experts() const = 0;
 };
 
@@ -77,6 +85,7 @@ class FeedForwardBankImpl : public ExpertsModule {
   /// @throws c10::ValueError for sizes below 1, separate experts, or shapes and biases that are not those of the options
   FeedForwardBankImpl(FeedForwardOptions options, const ExpertWeights& banks);
   at::Tensor forward(const at::Tensor& x, const at::Tensor& topk_weights, const DispatchPlan& plan) override;
+  std::vector<RunExperts> parts(const std::vector<int64_t>& counts) override;
   int64_t num_experts() const override { return up.size(0); }
   ExpertWeights weights() const;
 
@@ -94,9 +103,11 @@ class ModuleExpertsImpl : public ExpertsModule {
  public:
   explicit ModuleExpertsImpl(std::vector<torch::nn::AnyModule> experts);
   at::Tensor forward(const at::Tensor& x, const at::Tensor& topk_weights, const DispatchPlan& plan) override;
+  std::vector<RunExperts> parts(const std::vector<int64_t>& counts) override;
   int64_t num_experts() const override { return static_cast<int64_t>(experts_.size()); }
 
  private:
+  at::Tensor run(int64_t first, const at::Tensor& x, const at::Tensor& topk_weights, const DispatchPlan& plan);
   std::vector<torch::nn::AnyModule> experts_;
 };
 TORCH_MODULE(ModuleExperts);

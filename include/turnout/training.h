@@ -2,6 +2,7 @@
 #pragma once
 
 #include <turnout/checkpoint.h>
+#include <turnout/chunk_trial.h>
 #include <turnout/statistics.h>
 #include <turnout/text.h>
 #include <turnout/transformer.h>
@@ -99,6 +100,8 @@ class Trainer {
 
   int64_t steps_done() const { return steps_done_; }
   bool done() const { return steps_done_ >= options.steps; }
+  /// Layouts of 0 chunks: what the first steps found.
+  const ChunkTrial& chunk_trial() const { return chunk_trial_; }
   int64_t tokens_per_step() const { return options.batch * model->options.context; }
 
   /// Model, optimizer, step and options as one file's content, so that one rename replaces a checkpoint whole.
@@ -129,8 +132,11 @@ class Trainer {
   void refuse_divergence(const at::Tensor& tokens, double loss);
   [[noreturn]] void refuse_gradient(double norm) const;
 
+  StepReport make_step(bool observe);
+
   std::shared_ptr<const ByteText> text_;
   std::vector<Group> groups_;
+  ChunkTrial chunk_trial_;
   int64_t steps_done_ = 0;
 };
 

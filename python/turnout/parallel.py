@@ -13,6 +13,24 @@ def expert_bounds(num_experts: int, ranks: int, unit: int = 1) -> list[int]:
     return torch.ops.turnout.expert_bounds(num_experts, ranks, unit)
 
 
+def _name_of(group: torch.distributed.ProcessGroup | str | None) -> str:
+    if isinstance(group, str):
+        return group
+    if group is None:
+        group = torch.distributed.group.WORLD
+        if group is None:
+            raise ValueError(
+                "turnout.expert_parallel: group is None, which stands for all ranks, expected "
+                "torch.distributed.init_process_group() before it"
+            )
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"turnout.expert_parallel: group is {type(group).__name__}, expected a ProcessGroup of torch.distributed, "
+            "its name or None"
+        )
+    return group.group_name
+
+
 def expert_parallel(
     x: Tensor,
     topk_ids: Tensor,
@@ -39,9 +57,7 @@ def expert_parallel(
     torch.compile takes it without a graph break; the backward then sends the rows once more instead of keeping them.
     Raises ValueError or TypeError that names the argument; RuntimeError when a rank is lost or its rows differ in type.
     """
-    if group is None:
-        group = torch.distributed.group.WORLD
-    name = group if isinstance(group, str) else group.group_name
+    name = _name_of(group)
     weights = (_as_list("up", up), _as_list("down", down), _as_list("up_bias", up_bias),
                _as_list("down_bias", down_bias))  # fmt: skip
     return torch.ops.turnout.expert_parallel(

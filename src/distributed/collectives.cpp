@@ -3,6 +3,8 @@
 
 #include "distributed/heartbeat.h"
 
+#include "../ops/cpu/fresh.h"
+
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 
@@ -55,7 +57,9 @@ at::Tensor wait_for(const at::Tensor& started) { return call("_c10d_functional::
 at::Tensor start_all_to_all(const char* operation, const at::Tensor& x, at::IntArrayRef receive, at::IntArrayRef send,
                             const Group& group) {
   return guarded(operation, group, [&] {
-    return call("_c10d_functional::all_to_all_single", x, receive.vec(), send.vec(), group.name);
+    auto out = call("_c10d_functional::all_to_all_single", x, receive.vec(), send.vec(), group.name);
+    ops::advise_huge_pages(out);
+    return out;
   });
 }
 

@@ -182,7 +182,12 @@ WorldOptions world_options_from_environment() {
 }
 
 Group find_group(const std::string& name) {
-  const auto found = c10d::resolve_process_group(name);
+  c10::intrusive_ptr<c10d::ProcessGroup> found;
+  try {
+    found = c10d::resolve_process_group(name);
+  } catch (const c10::Error&) {
+    TORCH_CHECK_VALUE(false, "turnout: group is '", name, "', expected the name of a process group that was made here");
+  }
   Group group{name, found->getRank(), found->getSize(), {}};
   group.members.resize(group.size);
   std::iota(group.members.begin(), group.members.end(), 0);

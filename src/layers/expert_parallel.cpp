@@ -4,6 +4,7 @@
 #include "../ops/checks.h"
 #include "run_on_ranks.h"
 
+#include <algorithm>
 #include <numeric>
 
 namespace turnout {
@@ -18,7 +19,7 @@ ParallelLayout make_layout(World& world, int64_t expert_ranks, int64_t chunks) {
   const auto together = expert_ranks == 0 ? size : expert_ranks;
   TORCH_CHECK_VALUE(together >= 1 && size % together == 0, "turnout::make_layout: expert_ranks is ", expert_ranks,
                     ", expected a divisor of ", size, " (the ranks of the world)");
-  ops::check_at_least("turnout::make_layout", "chunks", chunks, 1);
+  ops::check_at_least("turnout::make_layout", "chunks", chunks, 0);
   world.check_same("the parallel layout",
                    "expert_ranks " + std::to_string(together) + "\nchunks " + std::to_string(chunks));
   std::vector<int64_t> experts(together), replicas;
@@ -56,10 +57,8 @@ at::Tensor ExpertParallelImpl::forward_beside(const at::Tensor& x, const at::Ten
                                               const DispatchPlan& plan, const std::function<void()>& beside) {
   TORCH_CHECK_VALUE(plan.num_experts() == num_experts(), kName, ": plan has ", plan.num_experts(),
                     " experts, expected ", num_experts(), " (the experts of all ranks)");
-  const auto run = [this](const at::Tensor& rows, const at::Tensor& weights, const DispatchPlan& of_rows) {
-    return local->forward(rows, weights, of_rows);
-  };
-  return run_on_ranks(x, topk_weights, plan, {group, bounds, chunks}, run, beside);
+  const auto parts = [this](const std::vector<int64_t>& counts) { return local->parts(counts); };
+  return run_on_ranks(x, topk_weights, plan, {group, bounds, chunks}, parts, beside);
 }
 
 namespace {
@@ -72,7 +71,7 @@ std::shared_ptr<ExpertsModule> bank_on(const ParallelLayout& layout, const FeedF
   const auto bounds = expert_bounds(num_experts, group.size, unit);
   const auto first = bounds[group.rank];
   const FeedForwardBank local(expert, ExpertRange{first, bounds[group.rank + 1] - first, num_experts});
-  return ExpertParallel(local.ptr(), group, bounds, layout.chunks).ptr();
+  return ExpertParallel(local.ptr(), group, bounds, std::max<int64_t>(layout.chunks, 1)).ptr();
 }
 
 }  // namespace

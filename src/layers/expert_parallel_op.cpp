@@ -6,6 +6,7 @@
 
 #include "../ops/checks.h"
 #include "run_on_ranks.h"
+#include "weight_parts.h"
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -58,9 +59,7 @@ at::Tensor run(const Arguments& a) {
                     " (expert_bounds for rank ", group.rank, " of ", group.size, ")");
   const ExpertWeights weights{a.lists[0].vec(), a.lists[1].vec(), a.lists[2].vec(), a.lists[3].vec()};
   const auto activation = parse_activation(std::string(a.activation));
-  const auto local = [&](const at::Tensor& rows, const at::Tensor& ones, const DispatchPlan& of_rows) {
-    return experts(rows, ones, of_rows, weights, activation);
-  };
+  const auto local = [&](const std::vector<int64_t>& counts) { return run_parts(weights, activation, counts); };
   return run_on_ranks(a.x, a.topk_weights, plan(a.topk_ids, a.num_experts), {group, bounds, a.chunks}, local, [] {});
 }
 

@@ -2,6 +2,7 @@
 #include <turnout/moe.h>
 
 #include "../ops/checks.h"
+#include "weight_parts.h"
 
 #include <torch/nn/init.h>
 
@@ -98,6 +99,10 @@ ExpertWeights FeedForwardBankImpl::weights() const {
 at::Tensor FeedForwardBankImpl::forward(const at::Tensor& x, const at::Tensor& topk_weights,
                                         const DispatchPlan& plan) {
   return turnout::experts(x, topk_weights, plan, weights(), options.activation);
+}
+
+std::vector<RunExperts> FeedForwardBankImpl::parts(const std::vector<int64_t>& counts) {
+  return run_parts(weights(), options.activation, counts);
 }
 
 }  // namespace turnout

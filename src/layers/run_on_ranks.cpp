@@ -7,6 +7,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <numeric>
 
 namespace turnout {
@@ -64,29 +65,35 @@ Counts numbers(const at::Tensor& tensor) {
 }  // namespace
 
 at::Tensor run_on_ranks(const at::Tensor& x, const at::Tensor& topk_weights, const DispatchPlan& plan,
-                        const ExpertPlace& place, const RunLocal& local, const std::function<void()>& beside) {
-  const auto received_WE = exchange_counts(plan.tokens_per_expert(), place.bounds, x, place.group);
-  const auto send = plan_send(plan, numbers(plan.expert_offsets), place.bounds, place.chunks);
-  const auto rows_RD = dispatch(x, send.plan);
-
+                        const ExpertPlace& place, const LocalParts& local, const std::function<void()>& beside) {
   const auto& group = place.group;
-  const auto chunks = place.chunks, held = place.bounds[group.rank + 1] - place.bounds[group.rank];
+  const auto held = place.bounds[group.rank + 1] - place.bounds[group.rank];
+  const auto chunks = std::min(place.chunks, place.bounds[1]);  // the first rank holds the most experts
+  const auto received_WE = exchange_counts(plan.tokens_per_expert(), place.bounds, x, group);
+  const auto send = plan_send(plan, numbers(plan.expert_offsets), place.bounds, chunks);
+  const auto rows_RD = dispatch(x, send.plan);
+  Counts of_chunk;
+  for (int64_t c = 0; c < chunks; ++c)
+    of_chunk.push_back(chunk_begin(held, c + 1, chunks) - chunk_begin(held, c, chunks));
+  const auto parts = local(of_chunk);
+
   std::vector<Counts> receive(chunks);
   std::vector<PendingRows> out, back;
   int64_t next_row = 0;
   const auto start = [&](int64_t c) {
-    const auto begin = chunk_begin(held, c, chunks);
-    receive[c] = numbers(received_WE.narrow(1, begin, chunk_begin(held, c + 1, chunks) - begin).sum(1));
+    receive[c] = numbers(received_WE.narrow(1, chunk_begin(held, c, chunks), of_chunk[c]).sum(1));
     out.emplace_back(rows_RD.narrow(0, next_row, sum(send.counts[c])), send.counts[c], receive[c], group);
     next_row += sum(send.counts[c]);
   };
   const auto run = [&](int64_t c, const at::Tensor& rows) {
-    const auto begin = chunk_begin(held, c, chunks), end = chunk_begin(held, c + 1, chunks);
-    const auto expert = at::arange(begin, end, received_WE.options()).repeat({group.size});
-    const auto ids = at::repeat_interleave(expert, received_WE.narrow(1, begin, end - begin).flatten()).to(x.device());
+    const auto count = of_chunk[c];
+    if (count == 0) return rows;  // none: the rank has fewer experts than chunks
+    const auto expert = at::arange(count, received_WE.options()).repeat({group.size});
+    const auto received = received_WE.narrow(1, chunk_begin(held, c, chunks), count).flatten();
+    const auto ids = at::repeat_interleave(expert, received).to(x.device());
     const auto wide = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     const auto ones = at::ones({ids.size(0), 1}, x.options().dtype(wide));
-    return local(rows, ones, turnout::plan(ids.unsqueeze(1), held));
+    return parts[c](rows, ones, turnout::plan(ids.unsqueeze(1), count));
   };
 
   start(0);

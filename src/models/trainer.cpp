@@ -97,7 +97,10 @@ DivergenceError::DivergenceError(int64_t step_in, const std::string& where_in, c
       where(where_in) {}
 
 Trainer::Trainer(ByteLanguageModel model_in, TrainingOptions options_in, std::shared_ptr<const ByteText> text)
-    : options(options_in), model(std::move(model_in)), text_(std::move(text)) {
+    : options(options_in),
+      model(std::move(model_in)),
+      text_(std::move(text)),
+      chunk_trial_(*model, model->layout) {
   check(options);
   check_text("training", text_->training, model->options.context);
   check_text("held-out", text_->held_out, model->options.context);
@@ -132,6 +135,13 @@ at::Tensor Trainer::batch(int64_t step) const {
 
 StepReport Trainer::step(bool observe) {
   TORCH_CHECK_VALUE(!done(), "turnout: Trainer::step: all ", options.steps, " steps are done");
+  const auto start = std::chrono::steady_clock::now();
+  auto report = make_step(observe);
+  chunk_trial_.add_step(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  return report;
+}
+
+StepReport Trainer::make_step(bool observe) {
   const MoEOptions& moe = model->options.moe;
   if (model->options.kind != BlockKind::dense && !moe.capacity.dropless() && moe.capacity.order == DropOrder::random)
     at::manual_seed(hash_numbers(~options.seed, static_cast<uint64_t>(steps_done_)));

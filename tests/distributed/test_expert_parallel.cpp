@@ -3,7 +3,8 @@
 
 #include "../cpp/helpers.h"
 
-#include <turnout/expert_parallel.h>
+#include <turnout/chunk_trial.h>
+#include <turnout/compat.h>
 
 #include <torch/csrc/autograd/autograd.h>
 
@@ -165,6 +166,59 @@ TEST(ModuleExperts, LieOnRanksUnderTheirNumbers) {
     const auto names = experts->named_parameters().keys();
     EXPECT_EQ(names, world.options.rank == 0 ? (std::vector<std::string>{"0.weight", "1.weight"})
                                              : (std::vector<std::string>{"2.weight"}));
+  });
+}
+
+// Output, gradient of x, gradients of parameters.
+std::vector<at::Tensor> run_in_chunks(const std::shared_ptr<ExpertsModule>& local, int64_t chunks, World& world) {
+  ExpertParallel experts(local, world.all(), expert_bounds(7, 2), chunks);
+  at::manual_seed(3 + world.options.rank);
+  auto x = at::randn({20, kHidden}).requires_grad_();
+  const auto weights = at::rand({20, 2});
+  const auto choices = at::rand({20, 7}).argsort(int64_t{-1}).narrow(1, 0, 2);
+  for (auto& parameter : local->parameters()) parameter.mutable_grad() = at::Tensor();
+  const auto y = experts->forward(x, weights, plan(choices, 7));
+  y.square().sum().backward();
+  std::vector<at::Tensor> made{y, x.grad()};
+  for (const auto& parameter : local->parameters()) made.push_back(parameter.grad());
+  return made;
+}
+
+TEST(Chunks, ChangeNoBitOfAnyKindOfExperts) {
+  on_ranks(2, [](World& world) {
+    const FeedForwardOptions expert{kHidden, 10, Activation::swiglu};
+    const int64_t held = world.options.rank == 0 ? 4 : 3;
+    std::vector<torch::nn::AnyModule> modules;
+    for (int64_t e = 0; e < held; ++e) modules.emplace_back(FeedForward(expert));
+    for (const auto& local : std::vector<std::shared_ptr<ExpertsModule>>{
+             FeedForwardBank(expert, held).ptr(), ModuleExperts(modules).ptr(), compat::ExpertList(expert, held).ptr()}) {
+      const auto truth = run_in_chunks(local, 1, world);
+      for (const int64_t chunks : {2, 4, 9}) {
+        const auto made = run_in_chunks(local, chunks, world);
+        for (size_t i = 0; i < truth.size(); ++i)
+          EXPECT_TRUE(at::equal(made[i], truth[i])) << local->name() << ", " << chunks << " chunks, tensor " << i;
+      }
+    }
+  });
+}
+
+TEST(ChunkTrial, KeepsWhatTheSlowestRankIsFastestWith) {
+  on_ranks(2, [](World& world) {
+    const MoEOptions options{.hidden = kHidden, .ffn = 10, .num_experts = 4};
+    const auto chosen = [&](const ParallelLayout& layout, std::map<int64_t, double> first, std::map<int64_t, double> second) {
+      auto moe = expert_parallel_moe(options, layout);
+      ChunkTrial trial(*moe, layout);
+      for (int64_t step = 0; step < 11; ++step)
+        trial.add_step((world.options.rank == 0 ? first : second)[trial.chunks()] + (step < 2 ? 9 : 0));
+      EXPECT_TRUE(trial.done());
+      EXPECT_EQ(moe->experts->as<ExpertParallelImpl>()->chunks, trial.chunks());
+      return trial.chunks();
+    };
+    const auto open = make_layout(world, 0, 0);
+    EXPECT_EQ(chosen(open, {{1, 3.0}, {2, 2.0}, {4, 2.5}}, {{1, 1.0}, {2, 4.0}, {4, 1.0}}), 4);
+    EXPECT_EQ(chosen(open, {{1, 1.0}, {2, 0.98}, {4, 0.99}}, {}), 1);  // no more than noise
+    EXPECT_EQ(chosen(make_layout(world, 0, 2), {}, {}), 2);
+    EXPECT_EQ(ChunkTrial(*MoE(options), {}).chunks(), 1);
   });
 }
 

@@ -69,7 +69,7 @@ TEST_P(TrainingOnRanks, TenStepsAreThoseOfOneProcess) {
   const auto [ranks, expert_ranks] = GetParam();
   on_ranks(ranks, [&, together = expert_ranks](World& world) {
     const auto truth = train_alone();
-    Trainer trainer = trainer_on(make_layout(world, together));
+    Trainer trainer = trainer_on(make_layout(world, together, /*chunks=*/0));  // each number has its turn
     for (const auto& expected : truth.reports) {
       const auto report = trainer.step();
       EXPECT_NEAR(report.bits_per_byte, expected.bits_per_byte, kClose);

@@ -74,6 +74,40 @@ def test_two_processes_give_what_one_gives(tmp_path):
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(texts)
 
 
+def call(group, **changes):
+    x, ids, weights, up, down, _ = inputs()
+    return turnout.expert_parallel(x, ids, weights, up, down, **{"num_experts": EXPERTS, "group": group, **changes})
+
+
+def test_groups_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="group is None, .* expected torch.distributed.init_process_group"):
+        call(None)
+    with pytest.raises(ValueError, match="group is 'nobody', expected the name of a process group"):
+        call("nobody")
+    for wrong in (3, torch.distributed, ["0"]):
+        with pytest.raises(TypeError, match="expected a ProcessGroup of torch.distributed, its name or None"):
+            call(wrong)
+
+
+def test_a_group_of_one_needs_no_other(tmp_path):
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        x, ids, weights, up, down, _ = inputs()
+        torch.testing.assert_close(call(None, chunks=2), turnout.fused_experts(x, ids, weights, up, down))
+        for changes, words in (({"chunks": 0}, "chunks is 0, expected at least 1"),
+                               ({"num_experts": 0}, "num_experts is 0, expected at least 1"),
+                               ({"num_experts": 4}, "up holds 3 experts, expected 4 of 4"),
+                               ({"num_experts": 2}, "up holds 3 experts, expected 2 of 2"),
+                               ({"activation": "swish"}, "activation is 'swish'")):
+            with pytest.raises(ValueError, match=words):
+                call(None, **changes)
+        for changes in ({"chunks": "two"}, {"num_experts": 2.5}, {"up_bias": 3}):
+            with pytest.raises((TypeError, RuntimeError)):
+                call(None, **changes)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_bounds_are_checked():
     assert turnout.expert_bounds(7, 3) == [0, 3, 5, 7]
     with pytest.raises(ValueError, match="there are 1 experts for 2 ranks"):

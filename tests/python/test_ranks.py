@@ -1,9 +1,8 @@
 """The program on several ranks: under torchrun, started by hand, killed and resumed, and between two network namespaces."""
 
+import contextlib
 import json
-import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +10,10 @@ import time
 
 import pytest
 
-from program import PROGRAM, TINY, TOKENS_A_STEP, finish, start_ranks, train, turnout, wait_for_checkpoint
+from program import PROGRAM, ROOT, TINY, TOKENS_A_STEP, finish, start_ranks, train, turnout, wait_for_checkpoint
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from two_hosts import ADDRESS, Unavailable, two_hosts  # noqa: E402
 
 SHARDS = "checkpoint-*/model.safetensors.index.json"
 
@@ -83,49 +85,31 @@ def test_ctrl_c_stops_all_ranks_at_the_same_step(tmp_path, text):
     assert [path.name for path in out.glob("checkpoint-*")] == [f"checkpoint-{stopped}"]
 
 
-def run_ip(*arguments):
-    return subprocess.run(["ip", *arguments], capture_output=True, text=True)
-
-
 @pytest.fixture
-def two_hosts():
-    """Prefixes that run a command on one of two hosts: namespaces joined by a link of 100 Mbit/s."""
-    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("tc") is None:
-        pytest.skip("two hosts need root and iproute2")
-    names = [f"turnout{os.getpid()}{end}" for end in "ab"]
-    if run_ip("netns", "add", names[0]).returncode != 0:
-        pytest.skip("this machine gives no network namespaces")
-    try:
-        run_ip("netns", "add", names[1])
-        run_ip("link", "add", "t0", "netns", names[0], "type", "veth", "peer", "name", "t0", "netns", names[1])
-        for n, name in enumerate(names, 1):
-            run_ip("-n", name, "addr", "add", f"10.213.7.{n}/24", "dev", "t0")
-            for link in ("lo", "t0"):
-                run_ip("-n", name, "link", "set", link, "up")
-            limited = subprocess.run(["ip", "netns", "exec", name, *"tc qdisc add dev t0 root tbf rate 100mbit burst "
-                                      "32kb latency 50ms".split()], capture_output=True)
-            if limited.returncode != 0:
-                pytest.skip("this kernel has no tbf, which limits a link")
-        yield [["ip", "netns", "exec", name] for name in names]
-    finally:
-        for name in names:
-            run_ip("netns", "del", name)
+def hosts():
+    """Prefixes that run a command on one of two hosts, which a link of 100 Mbit/s joins."""
+    with contextlib.ExitStack() as stack:
+        try:
+            prefixes = stack.enter_context(two_hosts(megabits=100))
+        except Unavailable as reason:
+            pytest.skip(str(reason))
+        yield prefixes
 
 
-def test_two_hosts_train_as_one(tmp_path, text, two_hosts):
+def test_two_hosts_train_as_one(tmp_path, text, hosts):
     arguments = train(text, tmp_path / "two", 30, "--chunks", 2)
-    endings = finish(start_ranks(arguments, host="10.213.7.1", prefixes=two_hosts))
+    endings = finish(start_ranks(arguments, host=ADDRESS, prefixes=hosts))
     assert [status for status, _, _ in endings] == [0, 0], endings
     assert "2 ranks, experts on 2 of them, 1 times" in endings[0][1] and endings[1][1] == ""
     one = alone(train(text, tmp_path / "one", 30))
     assert abs(held_out(endings[0][1]) - held_out(one)) < 2e-3
 
 
-def test_a_host_that_is_cut_off_is_named(tmp_path, text, two_hosts):
+def test_a_host_that_is_cut_off_is_named(tmp_path, text, hosts):
     out = tmp_path / "out"
-    ranks = start_ranks([*train(text, out, 20000), "--checkpoint-every", 5], host="10.213.7.1", prefixes=two_hosts, timeout=6)
+    ranks = start_ranks([*train(text, out, 20000), "--checkpoint-every", 5], host=ADDRESS, prefixes=hosts, timeout=6)
     wait_for_checkpoint(out, ranks, SHARDS)
-    run_ip("-n", two_hosts[0][-1], "link", "set", "t0", "down")
+    subprocess.run(["ip", "-n", hosts[0][-1], "link", "set", "t0", "down"], check=True)
     cut = time.monotonic()
     endings = finish(ranks)
     assert time.monotonic() - cut < 25

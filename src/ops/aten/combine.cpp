@@ -3,6 +3,7 @@
 //
 // Legend: T tokens, K top_k, R = T·K rows, D hidden.
 #include "../checks.h"
+#include "../routing_backends.h"
 
 #include <turnout/combine.h>
 
@@ -10,7 +11,6 @@
 #include <torch/library.h>
 
 namespace turnout::ops {
-namespace {
 
 at::Tensor dispatch_aten(const at::Tensor& x_TD, const at::Tensor& token_of_row, const at::Tensor& row_of_choice) {
   check_dispatch(x_TD, token_of_row, row_of_choice);
@@ -32,6 +32,8 @@ at::Tensor combine_aten(const at::Tensor& rows_RD, const at::Tensor& topk_weight
   }
   return y_TD.to(rows_RD.scalar_type());
 }
+
+namespace {
 
 TORCH_LIBRARY_IMPL(turnout, CompositeExplicitAutograd, m) {
   m.impl("dispatch", dispatch_aten);

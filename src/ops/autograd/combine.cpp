@@ -44,7 +44,7 @@ class Combine : public Function<Combine> {
     const auto saved = context->get_saved_variables();
     const auto &rows_RD = saved[0], &weights_TK = saved[1], &token_of_row = saved[2], &row_of_choice = saved[3];
     const DispatchPlan plan{{}, token_of_row, row_of_choice};
-    const auto& grad_TD = grads[0];
+    const auto grad_RD = dispatch(grads[0], plan);
     at::Tensor grad_rows, grad_weights;
     if (context->needs_input_grad(0)) {
       // The weight of each row; choices that are not sent write to a row of their own behind the last, cut off.
@@ -53,11 +53,11 @@ class Combine : public Function<Combine> {
       const auto weight_R = at::zeros_symint({rows + 1}, weights_TK.options())
                                 .scatter(0, place_N, weights_TK.flatten())
                                 .narrow_symint(0, 0, rows);
-      grad_rows = (dispatch(grad_TD, plan) * weight_R.unsqueeze(1)).to(rows_RD.scalar_type());
+      grad_rows = (grad_RD * weight_R.unsqueeze(1)).to(rows_RD.scalar_type());
     }
     if (context->needs_input_grad(1)) {
       const auto wide = rows_RD.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-      const auto dots_R = (dispatch(grad_TD, plan).to(wide) * rows_RD).sum(-1);
+      const auto dots_R = (grad_RD.to(wide) * rows_RD).sum(-1);
       const auto safe_N = row_of_choice.clamp_min(0).flatten();
       grad_weights = dots_R.index_select(0, safe_N)
                          .view_symint(row_of_choice.sym_sizes())

@@ -19,14 +19,18 @@ constexpr uintptr_t kPage = uintptr_t{2} << 20;
 
 at::Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
   auto tensor = at::empty(sizes, options);
+  advise_huge_pages(tensor);
+  return tensor;
+}
+
+void advise_huge_pages([[maybe_unused]] const at::Tensor& tensor) {
 #if defined(__linux__)
-  if (tensor.nbytes() < kLarge) return tensor;
+  if (!tensor.device().is_cpu() || tensor.nbytes() < kLarge) return;
   // whole pages inside the tensor alone: the advice reaches nobody else's memory
   const auto begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
   const auto first = (begin + kPage - 1) / kPage * kPage, last = (begin + tensor.nbytes()) / kPage * kPage;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may be refused
 #endif
-  return tensor;
 }
 
 }  // namespace turnout::ops

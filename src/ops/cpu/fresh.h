@@ -11,4 +11,7 @@ namespace turnout::ops {
 /// faulting 200 MB in page by page takes 39 ms, by huge pages 7 to 11 (Zen 5; 5 ms where it is resident).
 at::Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options);
 
+/// The same advice for a tensor on the CPU that something else allocated and nobody has written to, or only begun to.
+void advise_huge_pages(const at::Tensor& tensor);
+
 }  // namespace turnout::ops
