@@ -17,7 +17,7 @@ struct KernelChoice {
 /// @throws c10::ValueError when TURNOUT_FORCE_ISA names an implementation that is unknown or that this machine lacks
 std::vector<KernelChoice> kernel_choices();
 
-/// Frees the scratch memory that kernels keep between calls. Safe at any time that no op runs.
+/// Frees the scratch and the freed outputs that kernels keep between calls. Safe at any time that no op runs.
 void release_scratch();
 
 /// This library's version, such as "0.1.0".

@@ -30,5 +30,5 @@ def kernel_choices() -> list[KernelChoice]:
 
 
 def release_scratch() -> None:
-    """Frees the scratch memory that kernels keep between calls, for when no op runs."""
+    """Frees the scratch and the freed outputs that kernels keep between calls, for when no op runs."""
     torch.ops.turnout.release_scratch()

@@ -103,7 +103,7 @@ class Backward {
     const int64_t n = static_cast<int64_t>(items_.size());
     const int64_t hidden_span = span_of(ffn_panels(), words_of(q_.hidden, bf16_), n, threads_);
     const int64_t input_span = span_of(hidden_panels(), words_of(q_.up_rows(), bf16_), n, threads_);
-    const int64_t up_n = up_panels(q_, s_.lanes);
+    const int64_t up_n = up_panels(q_, s_.panel);
     const int64_t up_span = span_of(up_n, words_of(q_.hidden, bf16_), n, threads_);
     const int64_t pack_span = std::max<int64_t>(8, div_up(hidden_panels(), 2 * threads_));
     std::vector<int> done(batches_.size());

@@ -16,9 +16,9 @@ namespace turnout::kernels {
 /// Bytes that a worker needs for sweep(), and `weight` for weight gradients.
 inline int64_t worker_bytes(const Stages& s, int64_t weight) {
   const int64_t panel = s.panel * 4;
-  const int64_t strips = std::max(kGroupWords, kChunkWords) * panel;
+  const int64_t strips = kStripWords * panel;
   const int64_t sums = kPassRows * (kGroupWords / (kChunkWords / 2)) * panel;
-  const int64_t rows = 2 * kChunkWords * static_cast<int64_t>(sizeof(char*));
+  const int64_t rows = 2 * (kChunkWords + 2) * static_cast<int64_t>(sizeof(char*));
   return round_up(std::max(strips + sums + rows, weight), 4096) + 64;
 }
 

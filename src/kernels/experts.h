@@ -97,7 +97,7 @@ class PackedLayout {
     return static_cast<size_t>(num_experts_) * up_bytes_ + static_cast<size_t>(expert) * down_bytes_;
   }
 
-  /// Implementation, type, form of `up` and sizes in words, such as "avx512_bf16 bf16 gated 64x1024x512 v1": equal
+  /// Implementation, type, form of `up` and sizes in words, such as "avx512_bf16 bf16 gated 64x1024x512 v2": equal
   /// words mean equal layouts, also from one process to another.
   std::string words() const;
 
@@ -159,5 +159,9 @@ void backward(const Implementation& implementation, const ExpertsProblem& proble
 
 /// Frees the scratch memory kept between calls (at most 256 MB; what is in use stays).
 void release_scratch();
+
+/// Memory in whole pages of 2 MB, aligned to them and advised to be huge; contents are arbitrary. @throws std::bad_alloc
+char* huge_alloc(size_t bytes);
+void huge_free(char* p);
 
 }  // namespace turnout::kernels

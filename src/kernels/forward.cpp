@@ -90,7 +90,7 @@ void forward_stages(const Stages& s, const ExpertsProblem& q, const PackedExpert
   for (int64_t r = 0; r < static_cast<int64_t>(ring) * ring_rows; ++r) m.h_rows[r] = m.h + r * h_stride;
   if (q.weight_before_down) weights_of_rows(q, m.weight);
 
-  const int64_t up_n = up_panels(q, s.lanes), down_n = div_up(q.hidden, s.panel);
+  const int64_t up_n = up_panels(q, s.panel), down_n = div_up(q.hidden, s.panel);
   const int64_t up_span = span_of(up_n, words_of(q.hidden, bf16), static_cast<int64_t>(segments.size()), threads);
   const int64_t down_span = span_of(down_n, words_of(q.ffn, bf16), static_cast<int64_t>(segments.size()), threads);
 

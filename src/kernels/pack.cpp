@@ -7,7 +7,7 @@
 namespace turnout::kernels {
 namespace {
 
-constexpr int kVersion = 1;  // of the panel layout: a change of it must not read what was packed before
+constexpr int kVersion = 2;  // of the panel layout: a change of it must not read what was packed before
 
 const char* name_of(DType t) { return t == DType::f32 ? "f32" : t == DType::bf16 ? "bf16" : "f64"; }
 
@@ -30,7 +30,7 @@ PackedLayout::PackedLayout(const Implementation& implementation, const ExpertsPr
   const bool bf16 = q.dtype == DType::bf16;
   const int64_t element = static_cast<int64_t>(size_of(q.dtype));
   const int64_t up =
-      s ? up_panels(q, s->lanes) * words_of(q.hidden, bf16) * s->panel * 4 : q.up_rows() * q.hidden * element;
+      s ? up_panels(q, s->panel) * words_of(q.hidden, bf16) * s->panel * 4 : q.up_rows() * q.hidden * element;
   const int64_t down =
       s ? div_up(q.hidden, s->panel) * words_of(q.ffn, bf16) * s->panel * 4 : q.hidden * q.ffn * element;
   up_bytes_ = static_cast<size_t>(round_up(up, static_cast<int64_t>(kPackedAlignment)));
@@ -66,7 +66,7 @@ void pack(const Implementation& implementation, const ExpertsProblem& q, void* p
       char* up = static_cast<char*>(packed) + layout.up(e);
       char* down = static_cast<char*>(packed) + layout.down(e);
       if (s) {
-        s->pack_up(q, e, 0, up_panels(q, s->lanes), up);
+        s->pack_up(q, e, 0, up_panels(q, s->panel), up);
         s->pack_down(q, e, 0, div_up(q.hidden, s->panel), down);
       } else {
         std::memcpy(up, q.up[e], static_cast<size_t>(q.up_rows() * q.hidden) * element);

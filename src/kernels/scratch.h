@@ -39,8 +39,4 @@ class Arena {
   size_t used_ = 0;
 };
 
-/// Allocates and frees memory aligned to 2 MB and advised to huge pages (nullptr is never returned: throws bad_alloc).
-char* huge_alloc(size_t bytes);
-void huge_free(char* p);
-
 }  // namespace turnout::kernels

@@ -1,7 +1,7 @@
 // What one instruction set provides: the bodies of the tasks. Drivers (forward.cpp, backward.cpp) order them.
 //
-// A panel is `panel` = 2 vectors of words along a product's outputs, stored [words of the reduction][panel]; a word is
-// one float or two neighbouring bf16. In a gated `up` a panel holds `lanes` gate columns, then the `lanes` up columns
+// A panel is `panel` words (2 or 4 vectors) along a product's outputs, stored [words of the reduction][panel]; a word is
+// one float or two neighbouring bf16. In a gated `up` a vector of gate columns is followed by the vector of the up columns
 // that belong to them, so that act(gate)·up happens lane by lane. Panels are padded with zeros.
 #pragma once
 
@@ -111,7 +111,7 @@ struct BiasGradArgs {
 };
 
 struct Stages {
-  int64_t lanes, panel;  ///< words
+  int64_t panel;         ///< words
   int64_t weight_rows;   ///< rows of a weight gradient are handed out in multiples of this
   bool wide_rows;        ///< bf16 rows are held as fp32 numbers: no dot product of pairs
   void (*up)(const UpArgs&);
@@ -133,16 +133,18 @@ extern const Stages kAvx512Bf16Stages, kAvx512Stages, kAvx2Stages, kPortableStag
 // ---- sizes that drivers and bodies share
 
 /// Words of a reduction done in one pass: beyond that, a panel and its rows no longer fit the L2 cache together.
-constexpr int64_t kChunkWords = 2048;
-/// Words (times a panel) of weights that a worker holds at once: 3072 · 32 · 4 B = 384 KB of a 1 MB L2 cache.
-constexpr int64_t kGroupWords = 3072;
+constexpr int64_t kChunkWords = 1024;
+/// Words (times a panel) of weights that a worker holds at once: at most 1536 · 64 · 4 B = 384 KB of a 1 MB L2 cache.
+constexpr int64_t kGroupWords = 1536;
+/// The same with room for chunks that are rounded to whole pairs.
+constexpr int64_t kStripWords = kGroupWords + 16;
 /// Rows done in one pass where the reduction takes several.
 constexpr int64_t kPassRows = 1024;
 /// Rows of a segment of `forward`: enough to make packing a panel cost about 2 %.
 constexpr int64_t kSegmentRows = 1024;
 /// Words over rows that one pass of a weight gradient reduces.
 constexpr int64_t kWeightChunkWords = 1024;
-constexpr int64_t kMaxTileRows = 12;
+constexpr int64_t kMaxTileRows = 6;
 
 constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
@@ -158,8 +160,8 @@ constexpr int64_t group_of(int64_t words) {
   return g < 1 ? 1 : g > 8 ? 8 : g;
 }
 
-constexpr int64_t up_panels(const ExpertsProblem& p, int64_t lanes) {
-  return is_gated(p.activation) ? div_up(p.ffn, lanes) : div_up(p.ffn, 2 * lanes);
+constexpr int64_t up_panels(const ExpertsProblem& p, int64_t panel) {
+  return div_up(p.ffn, is_gated(p.activation) ? panel / 2 : panel);
 }
 
 }  // namespace turnout::kernels

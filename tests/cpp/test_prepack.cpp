@@ -44,8 +44,8 @@ TEST(PrepackErrors, NameWhatDoesNotFit) {
   given.x.requires_grad_();
   EXPECT_SAYS(call(), "experts_packed: x requires a gradient, but packed weights are for inference");
   given.x = given.x.detach();
-  packed.layout = "neon f32 gated 3x10x7 v1";
-  EXPECT_SAYS(call(), "experts_packed: packed has the layout 'neon f32 gated 3x10x7 v1', expected '");
+  packed.layout = "neon f32 gated 3x10x7 v2";
+  EXPECT_SAYS(call(), "experts_packed: packed has the layout 'neon f32 gated 3x10x7 v2', expected '");
   EXPECT_SAYS(prepack({}, Activation::swiglu), "turnout::prepack: up is empty");
   given.weights.down = {at::zeros({3, 10, 8})};
   EXPECT_SAYS(prepack(given.weights, Activation::swiglu), "down has shape [3, 10, 8]");

@@ -56,7 +56,7 @@ TEST(Table, DoubleIsServedByTheReferenceAlone) {
   EXPECT_THROW(forward(find("portable"), wide.problem(), nullptr, y.data(), nullptr, ParallelFor{}),
                std::invalid_argument);
   EXPECT_THROW(PackedLayout(find("portable"), wide.problem()), std::invalid_argument);
-  EXPECT_EQ(PackedLayout(find("reference"), wide.problem()).words(), "reference f64 plain 4x32x32 v1");
+  EXPECT_EQ(PackedLayout(find("reference"), wide.problem()).words(), "reference f64 plain 4x32x32 v2");
 }
 
 TEST(Table, PackedWeightsThatDoNotFitAreRefusedInWords) {
@@ -81,13 +81,13 @@ TEST(Table, PackedWeightsThatDoNotFitAreRefusedInWords) {
   };
   EXPECT_EQ(run(portable, q), "nothing thrown");
   EXPECT_EQ(run(reference, q),
-            "packed experts are 'portable f32 plain 4x32x32 v1', expected 'reference f32 plain 4x32x32 v1'");
+            "packed experts are 'portable f32 plain 4x32x32 v2', expected 'reference f32 plain 4x32x32 v2'");
   ExpertsProblem other = q;
   other.activation = Activation::swiglu;
-  EXPECT_NE(run(portable, other).find("expected 'portable f32 gated 4x32x32 v1'"), std::string::npos);
+  EXPECT_NE(run(portable, other).find("expected 'portable f32 gated 4x32x32 v2'"), std::string::npos);
   other = q;
   other.ffn = 31;  // as many bytes, once padded
-  EXPECT_NE(run(portable, other).find("expected 'portable f32 plain 4x32x31 v1'"), std::string::npos);
+  EXPECT_NE(run(portable, other).find("expected 'portable f32 plain 4x32x31 v2'"), std::string::npos);
   EXPECT_NE(message([&] { PackedExperts(layout, memory.data(), layout.bytes() - 64); }).find("bytes, expected"),
             std::string::npos);
   EXPECT_NE(message([&] { PackedExperts(layout, memory.data() + 4, layout.bytes()); }).find("aligned to 64"),

@@ -288,7 +288,7 @@ class TestPrepack:
         packed = self.pack({name: t.to(dtype) for name, t in w.items()}, "swiglu")
         active = next(choice.name for choice in turnout.kernel_choices() if choice.active)
         kind = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
-        assert packed.layout == f"{active} {kind} gated {EXPERTS}x{HIDDEN}x{FFN} v1"
+        assert packed.layout == f"{active} {kind} gated {EXPERTS}x{HIDDEN}x{FFN} v2"
         assert packed.data.dtype == torch.uint8 and packed.data.dim() == 1 and packed.data.data_ptr() % 64 == 0
         assert packed.up == packed.down == () and (packed.num_experts, packed.ffn) == (EXPERTS, FFN)
 
@@ -317,8 +317,8 @@ class TestPrepack:
         for error, words, run_it in [
             (ValueError, both, lambda: call(layout=foreign)),
             (ValueError, "expected '.* bf16 gated", lambda: call(x.bfloat16(), up_bias=(), down_bias=())),
-            (ValueError, "gated 5x8x11 v1'", lambda: call(ffn=11, up_bias=(), down_bias=())),
-            (ValueError, "plain 5x8x12 v1'", lambda: call(activation="relu", up_bias=(), down_bias=())),
+            (ValueError, "gated 5x8x11 v2'", lambda: call(ffn=11, up_bias=(), down_bias=())),
+            (ValueError, "plain 5x8x12 v2'", lambda: call(activation="relu", up_bias=(), down_bias=())),
             (ValueError, r"packed has \d+ bytes, expected \d+", lambda: call(data=packed.data[:-64])),
             (ValueError, "packed is not aligned to 64 bytes", lambda: call(data=padded[4:])),
             (ValueError, "packed is not contiguous", lambda: call(data=torch.cat([packed.data] * 2)[::2])),

@@ -16,7 +16,7 @@ struct HiddenGradEpilogue {
     using Reg = typename V::Reg;
     using S = Stored<V, BF>;
     using Row = RowOf<V, BF>;
-    constexpr int L = V::L, P = 2 * L;
+    constexpr int64_t L = V::L, P = kPanel<V>;
     constexpr bool kGated = is_gated(A);
     const int64_t saved_stride = (kGated ? 2 * ffn : ffn) * S::size;
     float wh[(kMaxTileRows + 1) * P];
@@ -25,7 +25,7 @@ struct HiddenGradEpilogue {
       const char* u = a.saved + (first + i) * saved_stride;
       char* du = a.du + (first + i) * a.du_stride;
       Reg dot = V::zero();
-      for (int j = 0; j < 2; ++j) {
+      for (int j = 0; j < V::kVectors; ++j) {
         const int64_t col = p * P + j * L, n = ffn - col;
         const Reg g = V::load(c + i * P + j * L), wg = V::mul(w, g);
         Reg slope, h = act<V, A>(S::load_n(u + col * S::size, n), &slope);
@@ -48,17 +48,17 @@ struct HiddenGradEpilogue {
 
   /// Rows of a panel over rows; bf16 pairs start at even rows, an odd last row is paired with zeros.
   void store_panel(int64_t p, int64_t first, int64_t rows, float* wh) const {
-    constexpr int L = V::L, P = 2 * L;
+    constexpr int64_t L = V::L, P = kPanel<V>;
     constexpr bool kPairs = BF && !kWideRows<V, BF>;
     char* dst = a.wh + (p * words_of(a.grad_y.count, kPairs) + (kPairs ? first / 2 : first)) * 4 * P;
     if constexpr (kPairs) {
-      for (int j = 0; j < 2; ++j) V::store(wh + rows * P + j * L, V::zero());
+      for (int j = 0; j < V::kVectors; ++j) V::store(wh + rows * P + j * L, V::zero());
       for (int64_t i = 0; i < rows; i += 2)
-        for (int j = 0; j < 2; ++j)
+        for (int j = 0; j < V::kVectors; ++j)
           V::store(dst + i * 2 * P + 4 * j * L,
                    V::interleave(V::load(wh + i * P + j * L), V::load(wh + (i + 1) * P + j * L)));
     } else {
-      for (int64_t i = 0; i < rows * 2; ++i) V::store(dst + i * 4 * L, V::load(wh + i * L));
+      for (int64_t i = 0; i < rows * V::kVectors; ++i) V::store(dst + i * 4 * L, V::load(wh + i * L));
     }
   }
 };
@@ -68,8 +68,8 @@ void hidden_grad_as(const HiddenGradArgs& a) {
   const ExpertsProblem& q = *a.problem;
   const NaturalSource<V, BF> source{static_cast<const char*>(q.down[a.expert]), q.ffn, q.hidden,
                                     sweep_memory<V>(a.worker).rows};
-  sweep<V, BF>(a.grad_y, words_of(q.hidden, BF), a.begin, a.end, source, HiddenGradEpilogue<V, BF, A>{a, q.ffn},
-               a.worker);
+  sweep<V>(a.grad_y, strip_words<V, BF>(q.hidden), a.begin, a.end, source, HiddenGradEpilogue<V, BF, A>{a, q.ffn},
+           a.worker);
 }
 
 template <class V, bool BF>
@@ -97,8 +97,8 @@ void input_grad_typed(const InputGradArgs& a) {
   const ExpertsProblem& q = *a.problem;
   const NaturalSource<V, BF> source{static_cast<const char*>(q.up[a.expert]), q.hidden, q.up_rows(),
                                     sweep_memory<V>(a.worker).rows};
-  sweep<V, BF>(a.du, words_of(q.up_rows(), BF), a.begin, a.end, source,
-               SlotEpilogue<V, BF>{nullptr, nullptr, q.hidden, a.out, a.out_stride}, a.worker);
+  sweep<V>(a.du, strip_words<V, BF>(q.up_rows()), a.begin, a.end, source,
+           SlotEpilogue<V, BF>{nullptr, nullptr, q.hidden, a.out, a.out_stride}, a.worker);
 }
 
 /// Columns [col, col + n) of rows [first, first + count), as a packed tile operand [words][n].
@@ -117,22 +117,20 @@ void pack_columns(const char* const* rows, int64_t count, int64_t col, int64_t n
 template <class V, bool BF>
 void store_gradient(const WeightGradArgs& a, int64_t row, int64_t rows, int64_t panel, const float* c) {
   using S = Stored<V, BF>;
-  constexpr int L = V::L, P = 2 * L;
+  constexpr int64_t L = V::L, P = kPanel<V>;
   const int64_t col = panel * P, n = a.q - col;
   for (int64_t i = 0; i < rows; ++i) {
     char* out = a.out + ((row + i) * a.q + col) * S::size;
-    const auto v0 = V::load(c + i * P), v1 = V::load(c + i * P + L);
     // whole lines past the caches where the gradient is bigger than they are
     if (a.streaming && n >= P && (reinterpret_cast<uintptr_t>(out) & 63) == 0) {
       if constexpr (BF) {
-        V::stream_bf16(out, v0, v1);
+        for (int j = 0; j < V::kVectors; j += 2)
+          V::stream_bf16(out + j * L * S::size, V::load(c + i * P + j * L), V::load(c + i * P + (j + 1) * L));
       } else {
-        V::stream(out, v0);
-        V::stream(out + 4 * L, v1);
+        for (int j = 0; j < V::kVectors; ++j) V::stream(out + j * L * S::size, V::load(c + i * P + j * L));
       }
     } else {
-      S::store_n(out, v0, n);
-      S::store_n(out + L * S::size, v1, n - L);
+      for (int j = 0; j < V::kVectors; ++j) S::store_n(out + j * L * S::size, V::load(c + i * P + j * L), n - j * L);
     }
   }
 }
@@ -140,7 +138,7 @@ void store_gradient(const WeightGradArgs& a, int64_t row, int64_t rows, int64_t 
 /// BF: of the rows and panels; Out: of the gradient.
 template <class V, bool BF, bool Out>
 void weight_grad_typed(const WeightGradArgs& a) {
-  constexpr int64_t P = 2 * V::L;
+  constexpr int64_t P = kPanel<V>;
   constexpr int64_t most = max_rows<V, BF>();
   const int64_t words = words_of(a.a.count, BF), passes = div_up(words, kWeightChunkWords);
   const int64_t outputs = a.end - a.begin, nb = div_up(outputs, most), panels = div_up(a.q, P);
@@ -171,11 +169,11 @@ void weight_grad_typed(const WeightGradArgs& a) {
 
 template <class V, bool BF>
 void pack_rows_typed(const PackRowsArgs& a) {
-  constexpr int64_t P = 2 * V::L;
+  constexpr int64_t P = kPanel<V>;
   const int64_t words = words_of(a.rows.count, BF);
   for (int64_t r = 0; r < a.rows.count; r += 64)
     for (int64_t p = a.begin; p < a.end; ++p)
-      pack_natural_panel<V, BF>(a.rows.rows + r, a.rows.count - r < 64 ? a.rows.count - r : 64, p * P,
+      pack_natural_panel<V, BF, false>(a.rows.rows + r, a.rows.count - r < 64 ? a.rows.count - r : 64, p * P,
                                 a.columns - p * P, a.dst + (p * words + words_of(r, BF)) * 4 * P);
 }
 

@@ -18,29 +18,28 @@ struct UpEpilogue {
     using Reg = typename V::Reg;
     using S = Stored<V, BF>;
     using Row = RowOf<V, BF>;
-    constexpr int L = V::L, P = 2 * L;
+    constexpr int64_t L = V::L, P = kPanel<V>;
     constexpr bool kGated = is_gated(A);
-    const int64_t col0 = kGated ? p * L : p * P, col1 = kGated ? ffn + p * L : p * P + L;
-    const int64_t n0 = ffn - p * (kGated ? L : P), n1 = kGated ? n0 : n0 - L;
-    const Reg bias0 = bias ? S::load_n(bias + col0 * S::size, n0) : V::zero();
-    const Reg bias1 = bias ? S::load_n(bias + col1 * S::size, n1) : V::zero();
+    constexpr int kStep = kGated ? 2 : 1;  // vectors that make one of h
     const int64_t saved_stride = (kGated ? 2 * ffn : ffn) * S::size;
-    for (int64_t i = 0; i < rows; ++i) {
-      const Reg u0 = V::add(V::load(c + i * P), bias0), u1 = V::add(V::load(c + i * P + L), bias1);
-      if (a.saved) {
-        char* s = a.saved + (first + i) * saved_stride;
-        S::store_n(s + col0 * S::size, u0, n0);
-        S::store_n(s + col1 * S::size, u1, n1);
-      }
-      if (a.h == nullptr) continue;
-      // columns beyond ffn are zeros (the rows of h have room for a whole panel)
-      char* h = a.h + (first + i) * a.h_stride;
-      const auto weighted = [&](Reg v) { return a.weight ? V::mul(v, V::set1(a.weight[first + i])) : v; };
-      if constexpr (kGated) {
-        Row::store(h + p * L * Row::size, weighted(V::mul(act<V, A>(u0), factor<V, A>(u1))));
-      } else {
-        Row::store(h + p * P * Row::size, weighted(act<V, A>(u0)));
-        Row::store(h + (p * P + L) * Row::size, weighted(act<V, A>(u1)));
+    for (int j = 0; j < V::kVectors; j += kStep) {
+      const int64_t col = (p * (V::kVectors / kStep) + j / kStep) * L, n = ffn - col;
+      const Reg bias0 = bias ? S::load_n(bias + col * S::size, n) : V::zero();
+      const Reg bias1 = kGated && bias ? S::load_n(bias + (ffn + col) * S::size, n) : V::zero();
+      for (int64_t i = 0; i < rows; ++i) {
+        const Reg u0 = V::add(V::load(c + i * P + j * L), bias0);
+        const Reg u1 = kGated ? V::add(V::load(c + i * P + (j + kStep - 1) * L), bias1) : u0;
+        if (a.saved) {
+          char* s = a.saved + (first + i) * saved_stride;
+          S::store_n(s + col * S::size, u0, n);
+          if (kGated) S::store_n(s + (ffn + col) * S::size, u1, n);
+        }
+        if (a.h == nullptr) continue;
+        Reg h = act<V, A>(u0);
+        if constexpr (kGated) h = V::mul(h, factor<V, A>(u1));
+        if (a.weight) h = V::mul(h, V::set1(a.weight[first + i]));
+        // columns beyond ffn are zeros (the rows of h have room for a whole panel)
+        Row::store(a.h + (first + i) * a.h_stride + col * Row::size, h);
       }
     }
   }
@@ -49,15 +48,10 @@ struct UpEpilogue {
 template <class V, bool BF, Activation A>
 void up_as(const UpArgs& a) {
   const ExpertsProblem& q = *a.problem;
-  const int64_t words = words_of(q.hidden, BF), bytes = q.hidden * Stored<V, BF>::size;
   const char* bias = q.up_bias ? static_cast<const char*>(q.up_bias[a.expert]) : nullptr;
-  const UpEpilogue<V, BF, A> epilogue{a, bias, q.ffn};
-  if (a.packed) return sweep<V, BF>(a.x, words, a.begin, a.end, PackedSource<V>{a.packed, words}, epilogue, a.worker);
-  const TransposedSource<V, BF, is_gated(A)> source{static_cast<const char*>(q.up[a.expert]), q.ffn, bytes};
-  if (a.x.count <= kRowsInPlace<V>)
-    sweep_in_place<V, BF>(a.x, bytes, a.begin, a.end, source, epilogue, a.worker);
-  else
-    sweep<V, BF>(a.x, words, a.begin, a.end, source, epilogue, a.worker);
+  const TransposedSource<V, BF, is_gated(A)> source{static_cast<const char*>(a.packed ? nullptr : q.up[a.expert]), q.ffn,
+                                                    q.hidden * Stored<V, BF>::size};
+  product<V, BF>(a.x, q.hidden, a.packed, source, a.begin, a.end, UpEpilogue<V, BF, A>{a, bias, q.ffn}, a.worker);
 }
 
 template <class V, bool BF>
@@ -92,8 +86,8 @@ struct SlotEpilogue {
 
   void operator()(int64_t p, int64_t first, int64_t rows, const float* c) const {
     using S = Stored<V, BF>;
-    constexpr int L = V::L, P = 2 * L;
-    for (int h = 0; h < 2; ++h) {
+    constexpr int64_t L = V::L, P = kPanel<V>;
+    for (int h = 0; h < V::kVectors; ++h) {
       const int64_t col = p * P + h * L;
       const auto b = bias ? S::load_n(bias + col * S::size, columns - col) : V::zero();
       for (int64_t i = 0; i < rows; ++i)
@@ -107,15 +101,11 @@ struct SlotEpilogue {
 template <class V, bool BF>
 void down_typed(const DownArgs& a) {
   const ExpertsProblem& q = *a.problem;
-  const int64_t words = words_of(q.ffn, BF), bytes = q.ffn * Stored<V, BF>::size;
   const char* bias = q.down_bias ? static_cast<const char*>(q.down_bias[a.expert]) : nullptr;
-  const SlotEpilogue<V, BF> epilogue{bias, a.weight, q.hidden, a.out, a.out_stride};
-  if (a.packed) return sweep<V, BF>(a.h, words, a.begin, a.end, PackedSource<V>{a.packed, words}, epilogue, a.worker);
-  const TransposedSource<V, BF, false> source{static_cast<const char*>(q.down[a.expert]), q.hidden, bytes};
-  if (a.h.count <= kRowsInPlace<V>)
-    sweep_in_place<V, BF>(a.h, bytes, a.begin, a.end, source, epilogue, a.worker);
-  else
-    sweep<V, BF>(a.h, words, a.begin, a.end, source, epilogue, a.worker);
+  const TransposedSource<V, BF, false> source{static_cast<const char*>(a.packed ? nullptr : q.down[a.expert]), q.hidden,
+                                              q.ffn * Stored<V, BF>::size};
+  product<V, BF>(a.h, q.ffn, a.packed, source, a.begin, a.end,
+                 SlotEpilogue<V, BF>{bias, a.weight, q.hidden, a.out, a.out_stride}, a.worker);
 }
 
 template <class V, bool BF>
@@ -152,24 +142,25 @@ void widen(const char* src, int64_t n, char* dst) {
   if (n % 2 != 0) __builtin_memcpy(dst + 4 * n, &zero, 4);
 }
 
+template <class V, bool BF, bool Gated>
+void pack_panels(const void* weight, int64_t outputs, int64_t reduction, int64_t begin, int64_t end, char* dst) {
+  const int64_t words = words_of(reduction, BF);
+  const TransposedSource<V, BF, Gated, false> source{static_cast<const char*>(weight), outputs,
+                                                     reduction * Stored<V, BF>::size};
+  for (int64_t p = begin; p < end; ++p) source.panel(p, 0, words, dst + p * words * 4 * kPanel<V>);
+}
+
 template <class V, bool BF>
 void pack_up_typed(const ExpertsProblem& q, int64_t expert, int64_t begin, int64_t end, char* dst) {
-  const int64_t words = words_of(q.hidden, BF), bytes = q.hidden * Stored<V, BF>::size, panel = words * 8 * V::L;
-  const char* w = static_cast<const char*>(q.up[expert]);
-  for (int64_t p = begin; p < end; ++p) {
-    if (is_gated(q.activation))
-      TransposedSource<V, BF, true>{w, q.ffn, bytes}.panel(p, 0, words, dst + p * panel);
-    else
-      TransposedSource<V, BF, false>{w, q.ffn, bytes}.panel(p, 0, words, dst + p * panel);
-  }
+  if (is_gated(q.activation))
+    pack_panels<V, BF, true>(q.up[expert], q.ffn, q.hidden, begin, end, dst);
+  else
+    pack_panels<V, BF, false>(q.up[expert], q.ffn, q.hidden, begin, end, dst);
 }
 
 template <class V, bool BF>
 void pack_down_typed(const ExpertsProblem& q, int64_t expert, int64_t begin, int64_t end, char* dst) {
-  const int64_t words = words_of(q.ffn, BF), bytes = q.ffn * Stored<V, BF>::size, panel = words * 8 * V::L;
-  const char* w = static_cast<const char*>(q.down[expert]);
-  for (int64_t p = begin; p < end; ++p)
-    TransposedSource<V, BF, false>{w, q.hidden, bytes}.panel(p, 0, words, dst + p * panel);
+  pack_panels<V, BF, false>(q.down[expert], q.hidden, q.ffn, begin, end, dst);
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ struct Portable {
   typedef uint32_t Bits __attribute__((vector_size(16)));
   static constexpr int L = 4;
   static constexpr bool kBf16Dot = false;
-  static constexpr int kRows = 4, kRowsBf16 = 4;
+  static constexpr int kVectors = 2, kRows = 4, kRowsBf16 = 4;
   static constexpr int kDotRows = 2;
 
   static TURNOUT_INLINE Reg zero() { return Reg{}; }

@@ -56,12 +56,13 @@ struct RowOf {
   }
 };
 
-/// Rows first[0..lanes) of a matrix of row size `bytes`, words [k0, k0 + words), as columns of a half panel.
-/// Rows from `valid` on count as zeros.
-template <class V>
-void pack_transposed_half(const char* first, int64_t bytes, int64_t valid, int64_t k0, int64_t words, char* dst) {
+/// Words [k0, k0 + words) of rows first[0..lanes) as one vector of columns of a panel; rows from `valid` on are zeros.
+/// Where `Split`, the words are pairs of bf16, of which each number becomes a row of the panel.
+template <class V, bool Split>
+void pack_transposed(const char* first, int64_t bytes, int64_t valid, int64_t k0, int64_t words, char* dst) {
   using Reg = typename V::Reg;
   constexpr int L = V::L;
+  constexpr int64_t row = 4 * kPanel<V>;
   for (int64_t k = 0; k < words; k += L) {
     const int64_t at = 4 * (k0 + k), n = words - k < L ? words - k : L;
     const bool whole = at + 4 * L <= bytes && valid >= L;
@@ -74,102 +75,154 @@ void pack_transposed_half(const char* first, int64_t bytes, int64_t valid, int64
       for (int i = 0; i < L; ++i) r[i] = i < valid ? V::load_bytes(first + i * bytes + at, left) : V::zero();
     }
     V::transpose(r);
-    for (int i = 0; i < L; ++i)
-      if (i < n) V::store(dst + (k + i) * 8 * L, r[i]);
-  }
-}
-
-/// Columns [col, col + valid) of `count` rows as a panel over the rows: bf16 rows are interleaved two by two.
-template <class V, bool BF>
-void pack_natural_panel(const char* const* rows, int64_t count, int64_t col, int64_t valid, char* dst) {
-  constexpr int L = V::L;
-  for (int h = 0; h < 2; ++h) {
-    const int64_t at = (col + h * L) * Stored<V, BF>::size, n = valid - h * L < L ? valid - h * L : L;
-    char* d = dst + 4 * h * L;
-    if (n <= 0) {
-      for (int64_t k = 0; k < words_of(count, BF); ++k) V::store(d + 8 * L * k, V::zero());
-    } else if constexpr (BF) {
-      for (int64_t k = 0; k < (count + 1) / 2; ++k) {
-        const bool pair = 2 * k + 1 < count;
-        V::store(d + 8 * L * k, V::interleave(rows[2 * k] + at, pair ? rows[2 * k + 1] + at : nullptr, n));
+    for (int i = 0; i < L; ++i) {
+      if (i >= n) break;
+      if constexpr (Split) {
+        V::store(dst + (k + i) * 2 * row, V::low(r[i]));
+        V::store(dst + ((k + i) * 2 + 1) * row, V::high(r[i]));
+      } else {
+        V::store(dst + (k + i) * row, r[i]);
       }
-    } else {
-      for (int64_t k = 0; k < count; ++k) V::store(d + 8 * L * k, Stored<V, BF>::load_n(rows[k] + at, n));
     }
   }
 }
 
-/// Panels packed beforehand. As every source: panels [g, g + n), words [k0, k0 + words) of them, into strips or not.
-template <class V>
+/// Columns [col, col + valid) of `count` rows as a panel over the rows: bf16 rows are interleaved two by two, or, where
+/// `Split`, become fp32.
+template <class V, bool BF, bool Split>
+void pack_natural_panel(const char* const* rows, int64_t count, int64_t col, int64_t valid, char* dst) {
+  constexpr int L = V::L;
+  constexpr int64_t row = 4 * kPanel<V>;
+  for (int h = 0; h < V::kVectors; ++h) {
+    const int64_t at = (col + h * L) * Stored<V, BF>::size, n = valid - h * L < L ? valid - h * L : L;
+    char* d = dst + 4 * h * L;
+    if (n <= 0) {
+      for (int64_t k = 0; k < words_of(count, BF && !Split); ++k) V::store(d + row * k, V::zero());
+    } else if constexpr (BF && !Split) {
+      for (int64_t k = 0; k < (count + 1) / 2; ++k) {
+        const bool pair = 2 * k + 1 < count;
+        V::store(d + row * k, V::interleave(rows[2 * k] + at, pair ? rows[2 * k + 1] + at : nullptr, n));
+      }
+    } else {
+      for (int64_t k = 0; k < count; ++k) V::store(d + row * k, Stored<V, BF>::load_n(rows[k] + at, n));
+    }
+  }
+}
+
+/// The `i`th of `n` shares of `bytes` bytes, a line (or less) in each of `words` steps.
+inline Ahead share(const char* begin, int64_t bytes, int64_t words, int64_t i, int64_t n) {
+  const int64_t step = div_up(bytes, n * (words > 0 ? words : 1));
+  return {begin + i * step * words, step};
+}
+
+/// Panels packed beforehand. As every source: panels [g, g + n), words [k0, k0 + words) of them, into strips or not;
+/// and what comes after them, of which each of n tiles fetches a share. `kStripBF`: whether words are pairs of bf16.
+template <class V, bool BF>
 struct PackedSource {
+  static constexpr bool kStripBF = BF;
   const char* base;
   int64_t words;
-  const char* panel(int64_t p, int64_t k0) const { return base + (p * words + k0) * 8 * V::L; }
+  const char* panel(int64_t p, int64_t k0) const { return base + (p * words + k0) * 4 * kPanel<V>; }
   void panels(int64_t g, int64_t n, int64_t k0, int64_t, char*, const char** at) const {
     for (int64_t p = 0; p < n; ++p) at[p] = panel(g + p, k0);
   }
-  // the next group of panels arrives while this one is used: each of `n` tiles fetches its share
-  Ahead ahead(int64_t p, int64_t k0, int64_t chunk, int64_t i, int64_t n) const {
-    const int64_t step = 8 * V::L / n;
-    return {panel(p, k0) + i * step * chunk, step};
+  Ahead ahead(int64_t p, int64_t k0, int64_t next, int64_t words_now, int64_t i, int64_t n) const {
+    return share(panel(p, k0), next * 4 * kPanel<V>, words_now, i, n);
   }
 };
 
-/// Plain weights [outputs, reduction]: the rows of a panel are transposed as they are needed.
-template <class V, bool BF, bool Gated>
+/// The same, of pairs of bf16 that become fp32 panels: `words` and k0 count numbers.
+template <class V>
+struct SplitSource {
+  static constexpr bool kStripBF = false;
+  PackedSource<V, true> pairs;
+  void panels(int64_t g, int64_t n, int64_t k0, int64_t words, char* strips, const char** at) const {
+    constexpr int64_t row = 4 * kPanel<V>;
+    for (int64_t p = 0; p < n; ++p) {
+      const char* from = pairs.panel(g + p, k0 / 2);
+      char* to = strips + p * words * row;
+      at[p] = to;
+      for (int64_t k = 0; k < words; k += 2, from += row, to += 2 * row)
+        for (int64_t j = 0; j < row; j += 4 * V::L) {
+          const auto w = V::load(from + j);
+          V::store(to + j, V::low(w));
+          V::store(to + row + j, V::high(w));
+        }
+    }
+  }
+  Ahead ahead(int64_t p, int64_t k0, int64_t next, int64_t words_now, int64_t i, int64_t n) const {
+    return share(pairs.panel(p, k0 / 2), next * 2 * kPanel<V>, words_now, i, n);
+  }
+};
+
+/// Plain weights [outputs, reduction]: the rows of a panel are transposed as they are needed, into fp32 where `Split`
+/// (then k0 and `words` count numbers, an even lot of them).
+template <class V, bool BF, bool Gated, bool Split = kWideRows<V, BF>>
 struct TransposedSource {
+  static constexpr bool kStripBF = BF && !Split;
   const char* weight;
   int64_t outputs, bytes;  ///< of all rows (of one half where gated), of a row
-  const char* half(int64_t p, int h) const {
-    return Gated ? weight + (h * outputs + p * V::L) * bytes : weight + (2 * p + h) * V::L * bytes;
+  /// First of the rows that are vector j of panel p, and how many there are from it on.
+  const char* rows(int64_t p, int64_t j) const {
+    return weight + (Gated ? (j % 2) * outputs + output(p, j) : output(p, j)) * bytes;
   }
-  int64_t valid(int64_t p, int h) const { return Gated ? outputs - p * V::L : outputs - (2 * p + h) * V::L; }
+  int64_t valid(int64_t p, int64_t j) const { return outputs - output(p, j); }
   const char* panel(int64_t p, int64_t k0, int64_t words, char* strip) const {
-    for (int h = 0; h < 2; ++h)
-      pack_transposed_half<V>(half(p, h), bytes, valid(p, h), k0, words, strip + 4 * h * V::L);
+    constexpr int64_t per = Split ? 2 : 1;
+    for (int j = 0; j < V::kVectors; ++j)
+      pack_transposed<V, Split>(rows(p, j), bytes, valid(p, j), k0 / per, words / per, strip + 4 * j * V::L);
     return strip;
   }
   void panels(int64_t g, int64_t n, int64_t k0, int64_t words, char* strips, const char** at) const {
-    for (int64_t p = 0; p < n; ++p) at[p] = panel(g + p, k0, words, strips + p * words * 8 * V::L);
+    for (int64_t p = 0; p < n; ++p) at[p] = panel(g + p, k0, words, strips + p * words * 4 * kPanel<V>);
   }
-  Ahead ahead(int64_t p, int64_t, int64_t chunk, int64_t i, int64_t n) const {
-    const int h = 2 * i >= n ? 1 : 0;
-    const int64_t share = n > 1 ? n / 2 : 1, step = 4 * V::L / share, j = h ? i - (n + 1) / 2 : i;
-    return {half(p, h) + j * step * chunk, step};
+  // whole rows, vector by vector, when the last words of this panel are used
+  Ahead ahead(int64_t p, int64_t k0, int64_t, int64_t words_now, int64_t i, int64_t n) const {
+    if (k0 != 0) return {weight, 0};
+    const int64_t j = i * V::kVectors / n, first = div_up(j * n, V::kVectors);
+    return share(rows(p, j), V::L * bytes, words_now, i - first, div_up((j + 1) * n, V::kVectors) - first);
   }
+
+ private:
+  static int64_t output(int64_t p, int64_t j) { return Gated ? (p * (V::kVectors / 2) + j / 2) * V::L : (p * V::kVectors + j) * V::L; }
 };
 
-/// Plain weights [reduction, outputs]: columns of a panel are copied as they are needed.
-template <class V, bool BF>
+/// Plain weights [reduction, outputs]: columns of a panel are copied as they are needed, into fp32 where `Split`.
+template <class V, bool BF, bool Split = kWideRows<V, BF>>
 struct NaturalSource {
+  static constexpr bool kStripBF = BF && !Split;
   const char* weight;
   int64_t outputs, reduction;
   const char** rows;  ///< room for the row pointers of a chunk
   static constexpr int64_t kBlock = 16;  // rows packed together for all panels, so that a row is read in one go
+  static constexpr int64_t kPer = kStripBF ? 2 : 1, kSize = Stored<V, BF>::size;
 
   void panels(int64_t g, int64_t n, int64_t k0, int64_t words, char* strips, const char** at) const {
-    constexpr int64_t P = 2 * V::L, size = Stored<V, BF>::size;
-    const int64_t per = BF ? 2 : 1, first = k0 * per;
-    const int64_t count = first + words * per > reduction ? reduction - first : words * per;
-    for (int64_t k = 0; k < count; ++k) rows[k] = weight + (first + k) * outputs * size;
-    const int64_t begin = g * P * size, end = (g + n) * P < outputs ? begin + n * P * size : outputs * size;
+    constexpr int64_t P = kPanel<V>;
+    const int64_t first = k0 * kPer, left = reduction - first, count = words * kPer > left ? left : words * kPer;
+    for (int64_t k = 0; k < count; ++k) rows[k] = weight + (first + k) * outputs * kSize;
+    const int64_t begin = g * P * kSize, end = (g + n) * P < outputs ? begin + n * P * kSize : outputs * kSize;
     for (int64_t r = 0; r < count; r += kBlock) {
       const int64_t next = r + kBlock, m = count - r < kBlock ? count - r : kBlock;
       for (int64_t k = next; k < next + kBlock && k < count; ++k)
         for (int64_t b = begin; b < end; b += 64) __builtin_prefetch(rows[k] + b, 0, 2);
       for (int64_t p = 0; p < n; ++p)
-        pack_natural_panel<V, BF>(rows + r, m, (g + p) * P, outputs - (g + p) * P,
-                                  strips + (p * words + words_of(r, BF)) * 4 * P);
+        pack_natural_panel<V, BF, Split>(rows + r, m, (g + p) * P, outputs - (g + p) * P,
+                                         strips + (p * words + r / kPer) * 4 * P);
     }
-    for (int64_t p = 0; p < n; ++p) at[p] = strips + p * words * 4 * P;
+    for (int64_t p = 0; p < n; ++p) {
+      at[p] = strips + p * words * 4 * P;
+      // an even reduction is expected of fp32 numbers that were pairs
+      if (Split && count < words) __builtin_memset(strips + (p * words + count) * 4 * P, 0, static_cast<size_t>(4 * P));
+    }
   }
-  // a word's line (bf16: the lines of its two rows, by turns), once; not where the rows' lines push each other out of
-  // the cache before they are packed: rows of a multiple of 4 KB share a 32nd of a 2 MB cache
-  Ahead ahead(int64_t p, int64_t k0, int64_t, int64_t i, int64_t) const {
-    const int64_t row = outputs * Stored<V, BF>::size;
-    if (i > 1 || (row & 4095) == 0) return {weight, 0};
-    const char* at = weight + k0 * (BF ? 2 : 1) * row + p * 2 * V::L * Stored<V, BF>::size;
-    return BF ? Ahead{at + (i & 1) * row, 2 * row} : Ahead{at + (i & 1) * 64, row};
+  // a word's lines, by turns, once; not where the rows' lines push each other out of the cache before they are packed:
+  // rows of a multiple of 4 KB share a 32nd of a 2 MB cache
+  Ahead ahead(int64_t p, int64_t k0, int64_t, int64_t, int64_t i, int64_t) const {
+    constexpr int64_t lines = div_up(kPanel<V> * kSize, 64);
+    const int64_t row = outputs * kSize;
+    if (i >= kPer * lines || (row & 4095) == 0) return {weight, 0};
+    return {weight + (k0 * kPer + i / lines) * row + p * kPanel<V> * kSize + i % lines * 64, kPer * row};
   }
 };
 
@@ -177,32 +230,27 @@ struct NaturalSource {
 template <class V>
 constexpr int64_t kRowsInPlace = 4 * V::kDotRows;
 
+/// Rows up to which packed pairs of bf16 are split in every tile; for more, once into strips, whose writing and reading
+/// costs as much as some 16 tiles.
+template <class V>
+constexpr int64_t kRowsSplitInTile = 16 * V::kRowsBf16;
+
 /// Worker memory of a sweep.
 template <class V>
 struct SweepMemory {
-  char* strips;  ///< kGroupWords (at least kChunkWords) panels of words
+  char* strips;  ///< kStripWords words of a panel
   float* sums;   ///< kPassRows rows of a group, used where the reduction takes several passes
   const char** rows;
 };
 
-constexpr int64_t kStripWords = kGroupWords > kChunkWords ? kGroupWords : kChunkWords;
 // several passes mean chunks of more than kChunkWords / 2 words, hence groups of at most this many panels
 constexpr int64_t kSumPanels = kGroupWords / (kChunkWords / 2);
 
 template <class V>
 SweepMemory<V> sweep_memory(char* worker) {
-  char* sums = worker + kStripWords * 8 * V::L;
-  char* rows = sums + kPassRows * kSumPanels * 8 * V::L;
+  char* sums = worker + kStripWords * 4 * kPanel<V>;
+  char* rows = sums + kPassRows * kSumPanels * 4 * kPanel<V>;
   return {worker, reinterpret_cast<float*>(sums), reinterpret_cast<const char**>(rows)};
-}
-
-/// Rows of a tile: fewer where all rows start in the same cache set (12 rows and 2 lines of weights exceed 12 ways).
-template <class V, bool BF>
-int64_t tile_rows(const RowSet& a) {
-  constexpr int kMax = max_rows<V, BF>();
-  if (kMax <= 8 || a.count < 2) return kMax;
-  const int64_t stride = a.rows[1] - a.rows[0];
-  return (stride & 4095) == 0 ? 8 : kMax;
 }
 
 /// First row of block i of nb: rows divided evenly (a small remainder tile would waste registers), in whole pairs,
@@ -211,13 +259,16 @@ TURNOUT_INLINE int64_t block_begin(int64_t rows, int64_t nb, int64_t i) {
   return i == nb ? rows : (rows + 1) / 2 * i / nb * 2;
 }
 
-template <class V, bool BF, class Source, class Epilogue>
+/// @param words of the reduction, as the source counts them
+template <class V, class Source, class Epilogue>
 void sweep(const RowSet& a, int64_t words, int64_t begin, int64_t end, const Source& source, const Epilogue& epilogue,
            char* worker) {
-  constexpr int64_t P = 2 * V::L;
+  constexpr int64_t P = kPanel<V>;
+  constexpr bool BF = Source::kStripBF;
   const SweepMemory<V> memory = sweep_memory<V>(worker);
   const int64_t group = group_of(words), passes = words > 0 ? div_up(words, kChunkWords) : 1;
-  const int64_t most = tile_rows<V, BF>(a), pass_rows = passes > 1 ? kPassRows : a.count;
+  const int64_t most = max_rows<V, BF>(), pass_rows = passes > 1 ? kPassRows : a.count;
+  const auto chunk_begin = [&](int64_t c) { return c == passes ? words : words * c / passes / 2 * 2; };
   float local[kMaxTileRows * P];
   for (int64_t r0 = 0; r0 < a.count; r0 += pass_rows) {
     const int64_t m = a.count - r0 < pass_rows ? a.count - r0 : pass_rows;
@@ -226,16 +277,20 @@ void sweep(const RowSet& a, int64_t words, int64_t begin, int64_t end, const Sou
       const int64_t n = end - g < group ? end - g : group;
       const char* panels[8];
       for (int64_t c = 0; c < passes; ++c) {
-        const int64_t k0 = words * c / passes, chunk = words * (c + 1) / passes - k0;
+        const int64_t k0 = chunk_begin(c), chunk = chunk_begin(c + 1) - k0;
         source.panels(g, n, k0, chunk, memory.strips, panels);
+        // what comes after this: the next words of these panels, or the first of the next
+        const bool last = c + 1 == passes;
+        const int64_t next = last ? 0 : c + 1, next_k0 = chunk_begin(next), next_words = chunk_begin(next + 1) - next_k0;
         for (int64_t i = 0; i < nb; ++i) {
           const int64_t first = block_begin(m, nb, i), rows = block_begin(m, nb, i + 1) - first;
           const TileFn fn = nb == 1 ? Tiles<V, BF, true, false>::fn[rows] : Tiles<V, BF, false, false>::fn[rows];
           for (int64_t p = 0; p < n; ++p) {
             float* sums = passes == 1 ? local : memory.sums + (p * m + first) * P;
-            const int64_t next = g + p + group < end ? g + p + group : g + p;
-            fn(chunk, a.rows + r0 + first, kWordBytes<V, BF> * k0, panels[p], sums, c > 0, source.ahead(next, k0, chunk, i, nb));
-            if (c + 1 == passes) epilogue(g + p, r0 + first, rows, sums);
+            const int64_t after = !last || g + p + group >= end ? g + p : g + p + group;
+            fn(chunk, a.rows + r0 + first, kWordBytes<V, BF> * k0, panels[p], sums, c > 0,
+               source.ahead(after, next_k0, next_words, chunk, i, nb));
+            if (last) epilogue(g + p, r0 + first, rows, sums);
           }
         }
       }
@@ -247,13 +302,13 @@ void sweep(const RowSet& a, int64_t words, int64_t begin, int64_t end, const Sou
 template <class V, bool BF, bool Gated, class Epilogue>
 void sweep_in_place(const RowSet& a, int64_t bytes, int64_t begin, int64_t end,
                     const TransposedSource<V, BF, Gated>& source, const Epilogue& epilogue, char* worker) {
-  constexpr int64_t P = 2 * V::L;
+  constexpr int64_t P = kPanel<V>;
   float* sums = sweep_memory<V>(worker).sums;
   for (int64_t p = begin; p < end; ++p) {
-    for (int h = 0; h < 2; ++h)
+    for (int h = 0; h < V::kVectors; ++h)
       for (int j = 0; j < V::L; j += 4) {
         const int64_t valid = source.valid(p, h) - j;
-        const char* w = source.half(p, h) + j * bytes;
+        const char* w = source.rows(p, h) + j * bytes;
         if (valid <= 0) {
           for (int64_t i = 0; i < a.count; ++i)
             for (int q = 0; q < 4; ++q) sums[i * P + h * V::L + j + q] = 0.f;
@@ -271,6 +326,29 @@ void sweep_in_place(const RowSet& a, int64_t bytes, int64_t begin, int64_t end,
     for (int64_t i = 0; i < a.count; i += kMaxTileRows)
       epilogue(p, i, a.count - i < kMaxTileRows ? a.count - i : kMaxTileRows, sums + i * P);
   }
+}
+
+/// Words of the strips that a reduction of plain weights goes through: wide rows have an even number of them.
+template <class V, bool BF>
+constexpr int64_t strip_words(int64_t elements) {
+  return kWideRows<V, BF> ? 2 * words_of(elements, true) : words_of(elements, BF);
+}
+
+/// The product of rows with weights [outputs, reduction] of elements, packed beforehand or not.
+template <class V, bool BF, bool Gated, class Epilogue>
+void product(const RowSet& a, int64_t elements, const char* packed, const TransposedSource<V, BF, Gated>& source,
+             int64_t begin, int64_t end, const Epilogue& epilogue, char* worker) {
+  const int64_t words = words_of(elements, BF);
+  if (packed) {
+    const PackedSource<V, BF> panels{packed, words};
+    if constexpr (kWideRows<V, BF>) {
+      if (a.count > kRowsSplitInTile<V>)
+        return sweep<V>(a, strip_words<V, BF>(elements), begin, end, SplitSource<V>{panels}, epilogue, worker);
+    }
+    return sweep<V>(a, words, begin, end, panels, epilogue, worker);
+  }
+  if (a.count <= kRowsInPlace<V>) return sweep_in_place<V, BF>(a, source.bytes, begin, end, source, epilogue, worker);
+  sweep<V>(a, strip_words<V, BF>(elements), begin, end, source, epilogue, worker);
 }
 
 }  // namespace

@@ -39,8 +39,7 @@ struct Body {
     bf16(q) ? pack_down_typed<V, true>(q, e, begin, end, dst) : pack_down_typed<V, false>(q, e, begin, end, dst);
   }
 
-  static constexpr Stages kStages = {V::L,
-                                     2 * V::L,
+  static constexpr Stages kStages = {kPanel<V>,
                                      8 * max_rows<V, false>(),
                                      kWideRows<V, true>,
                                      up,

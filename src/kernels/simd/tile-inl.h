@@ -10,6 +10,10 @@
 namespace turnout::kernels {
 namespace {
 
+/// Words of a panel.
+template <class V>
+constexpr int64_t kPanel = V::kVectors * V::L;
+
 template <class V, bool BF>
 constexpr int max_rows() {
   return BF ? V::kRowsBf16 : V::kRows;
@@ -35,13 +39,13 @@ struct Ahead {
 template <class V, bool BF, int MR, bool Stream, bool Packed>
 void tile(int64_t words, const char* const* rows, int64_t k0, const char* b, float* c, bool add, Ahead ahead) {
   using Reg = typename V::Reg;
-  constexpr int L = V::L, P = 2 * L;
+  constexpr int L = V::L, N = V::kVectors, P = N * L;
   constexpr bool Wide = kWideRows<V, BF>;
   static_assert(!(Wide && Packed), "packed rows of wide bf16 are those of fp32");
-  Reg acc[MR][2];
+  Reg acc[MR][N];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < 2; ++j) acc[i][j] = add ? V::load(c + i * P + j * L) : V::zero();
+    for (int j = 0; j < N; ++j) acc[i][j] = add ? V::load(c + i * P + j * L) : V::zero();
   const char* row[MR];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) row[i] = Packed ? rows[0] + 4 * i : rows[i] + k0;
@@ -49,38 +53,32 @@ void tile(int64_t words, const char* const* rows, int64_t k0, const char* b, flo
   const char* line = ahead.p;
 #pragma GCC unroll 4
   for (int64_t k = 0; k < words; ++k) {
-    const Reg b0 = V::load(b), b1 = V::load(b + 4 * L);
-    const Reg low0 = Wide ? V::low(b0) : b0, low1 = Wide ? V::low(b1) : b1;
-    const Reg high0 = Wide ? V::high(b0) : b0, high1 = Wide ? V::high(b1) : b1;
     if constexpr (Stream) {
-      __builtin_prefetch(b + 8192);
-      __builtin_prefetch(b + 8192 + 64);
+      for (int j = 0; j < N; ++j) __builtin_prefetch(b + 8192 + 4 * j * L);
     } else if constexpr (!Packed) {
       __builtin_prefetch(line, 0, 2);
       line += ahead.step;
     }
+    const auto step = [&](const Reg(&w)[N], int64_t at) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-      const char* at = Packed ? a + 4 * i : row[i] + kWordBytes<V, BF> * k;
-      const Reg w = V::word(at);
-      if constexpr (!BF) {
-        acc[i][0] = V::fma(w, b0, acc[i][0]);
-        acc[i][1] = V::fma(w, b1, acc[i][1]);
-      } else if constexpr (Wide) {
-        const Reg second = V::word(at + 4);
-        acc[i][0] = V::fma(second, high0, V::fma(w, low0, acc[i][0]));
-        acc[i][1] = V::fma(second, high1, V::fma(w, low1, acc[i][1]));
-      } else {
-        acc[i][0] = V::dot(w, b0, acc[i][0]);
-        acc[i][1] = V::dot(w, b1, acc[i][1]);
+      for (int i = 0; i < MR; ++i) {
+        const Reg x = V::word((Packed ? a + 4 * i : row[i] + kWordBytes<V, BF> * k) + at);
+        for (int j = 0; j < N; ++j) acc[i][j] = BF && !Wide ? V::dot(x, w[j], acc[i][j]) : V::fma(x, w[j], acc[i][j]);
       }
+    };
+    Reg w[N];
+    for (int j = 0; j < N; ++j) w[j] = Wide ? V::low(V::load(b + 4 * j * L)) : V::load(b + 4 * j * L);
+    step(w, 0);
+    if constexpr (Wide) {
+      for (int j = 0; j < N; ++j) w[j] = V::high(V::load(b + 4 * j * L));
+      step(w, 4);
     }
     b += 4 * P;
     if constexpr (Packed) a += 4 * MR;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < 2; ++j) V::store(c + i * P + j * L, acc[i][j]);
+    for (int j = 0; j < N; ++j) V::store(c + i * P + j * L, acc[i][j]);
 }
 
 using TileFn = void (*)(int64_t, const char* const*, int64_t, const char*, float*, bool, Ahead);
@@ -125,7 +123,7 @@ void dots(int64_t bytes, const char* const* rows, const char* const* weights, in
     step(x, w);
   }
   for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < 4; ++j) c[i * 2 * V::L + j] = V::sum(acc[i][j]);
+    for (int j = 0; j < 4; ++j) c[i * kPanel<V> + j] = V::sum(acc[i][j]);
 }
 
 using DotsFn = void (*)(int64_t, const char* const*, const char* const*, int64_t, float*);

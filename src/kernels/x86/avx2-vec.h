@@ -15,7 +15,7 @@ struct Avx2 {
   static constexpr int L = 8;
   static constexpr bool kBf16Dot = false;
   // of 16 registers: 6 × 2 accumulators, 2 weights, 1 input; 4 × 2, 4, 2 where pairs are split
-  static constexpr int kRows = 6, kRowsBf16 = 4;
+  static constexpr int kVectors = 2, kRows = 6, kRowsBf16 = 4;
   static constexpr int kDotRows = 2;
 
   static TURNOUT_INLINE Reg zero() { return _mm256_setzero_ps(); }

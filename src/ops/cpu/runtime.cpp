@@ -3,6 +3,7 @@
 #include <turnout/version.h>
 
 #include "bridge.h"
+#include "fresh.h"
 
 #include <torch/library.h>
 
@@ -36,7 +37,10 @@ TORCH_LIBRARY_IMPL(turnout, CompositeImplicitAutograd, m) {
 
 }  // namespace
 
-void release_scratch() { kernels::release_scratch(); }
+void release_scratch() {
+  kernels::release_scratch();
+  ops::release_fresh();
+}
 
 std::string version() { return TURNOUT_VERSION; }
 std::string built_for_torch() { return TURNOUT_TORCH_VERSION; }
