@@ -183,8 +183,10 @@ void train(TrainOptions& options, RunArguments& arguments) {
   const double bits = trainer.evaluate();
   save_model(trainer.model, options.output);
   if (ranks.first())
-    fmt::print("{}held-out text: {:.4f} bits a byte\nWritten: {}/model.safetensors, config.json, telemetry.jsonl\n",
-               found_chunks(trainer.chunk_trial()), bits, options.output);
+    fmt::print(
+        "{}held-out text: {:.4f} bits a byte\ntelemetry: {:.2f} % of the time of the steps\n"
+        "Written: {}/model.safetensors, config.json, telemetry.jsonl\n",
+        found_chunks(trainer.chunk_trial()), bits, 100 * telemetry.share(), options.output);
 }
 
 }  // namespace
@@ -202,7 +204,7 @@ void add_train(CLI::App& program) {
       "Examples:\n"
       "  turnout train --output runs/mine --tokens 5000000\n"
       "  turnout train --output runs/mine --resume\n"
-      "  turnout train --kind dense --output runs/dense      the dense model of equal FLOPs\n"
+      "  turnout train --kind dense --output runs/dense  the dense model of equal FLOPs\n"
       "  torchrun --no-python --nproc-per-node 2 turnout train --output runs/two");
   app->callback([options, arguments] { train(*options, *arguments); });
 }
