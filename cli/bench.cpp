@@ -244,7 +244,7 @@ void add_bench(CLI::App& program) {
       "Examples:\n"
       "  turnout bench --shape few-rows,gelu --type fp32\n"
       "  turnout bench --case decode --threads 1 --json decode.json\n"
-      "  torchrun --no-python --nproc-per-node 2 turnout bench --exchange --shape few-rows --threads 1\n"
+      "  torchrun --no-python --nproc-per-node 2 turnout bench --exchange --threads 1\n"
       "  turnout bench --list");
   app->callback([o] { bench(*o); });
 }

@@ -29,6 +29,7 @@ nlohmann::ordered_json json_of(const Contestant& c, double at_seconds) {
       {"tokens_per_second", c.tokens_per_second()},
       {"bits_per_byte_at_equal_tokens", c.curve.back().bits_per_byte},
       {"bits_per_byte_at_equal_time", bits_at(c.curve, at_seconds)},
+      {"telemetry_share", c.telemetry.share()},
   };
   if (c.expert_load.defined()) {
     const at::Tensor load = c.expert_load.contiguous();
@@ -72,6 +73,7 @@ std::string table(const Contestant& dense, const Contestant& moe) {
     if (c.choices == 0) return std::string("-");
     return fmt::format("{:.2f} %", 100.0 * static_cast<double>(c.dropped) / static_cast<double>(c.choices));
   });
+  row("telemetry, of the time", [](const Contestant& c) { return fmt::format("{:.2f} %", 100 * c.telemetry.share()); });
   text += fmt::format(
       "\nBits a byte are those of held-out files. Equal tokens are equal FLOPs: {} tokens each. Equal time is each\n"
       "model's own seconds in training steps. The schedule of the learning rate is set by tokens, so the slower\n"

@@ -40,7 +40,7 @@ void add_generate(CLI::App& program) {
   app->footer(
       "Examples:\n"
       "  turnout generate runs/compare/moe --prompt 'import os'\n"
-      "  turnout generate runs/mine --prompt 'class ' --tokens 400 --temperature 0.5 --seed 7");
+      "  turnout generate runs/mine --prompt 'class ' --temperature 0.5 --seed 7");
   app->callback([arguments] { run_generate(*arguments); });
 }
 

@@ -17,6 +17,7 @@
 #include <cmath>
 #include <cstdio>
 #include <memory>
+#include <optional>
 
 namespace turnout::cli {
 namespace {
@@ -28,7 +29,7 @@ struct InspectOptions {
   LayerOptions layer;
   std::vector<std::string> views;  // empty: all but the hierarchy
   std::vector<double> factors{0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 4};
-  int64_t step = -1;  // < 0: no token is walked through
+  std::optional<int64_t> step;  // the token that is walked through
   bool hierarchical = false;
   bool json = false;
   std::string html;  // file; empty: none
@@ -46,7 +47,7 @@ void check(InspectOptions& o) {
 
 bool shows(const InspectOptions& o, const std::string& view) {
   if (!o.views.empty()) return std::find(o.views.begin(), o.views.end(), view) != o.views.end();
-  if (o.step >= 0) return false;
+  if (o.step) return false;
   return view != "hierarchy";
 }
 
@@ -57,7 +58,7 @@ Json inspect_example(const InspectOptions& o, bool every) {
   Json json = {{"options", options_json(example)}};
   if (wanted("stages")) json["stages"] = stages_json(example);
   if (wanted("tokens")) json["tokens"] = tokens_json(example);
-  if (o.step >= 0) json["step"] = step_json(example, o.step);
+  if (o.step) json["step"] = step_json(example, *o.step);
   if (wanted("policies") && o.example.gshard()) json["policies"] = policies_json(example);
   if (wanted("capacity")) json["capacity"] = capacity_json(example, o.factors);
   if (wanted("collapse")) json["collapse"] = collapse_json(example);
@@ -83,6 +84,7 @@ void inspect(InspectOptions& o) {
   if (!o.html.empty()) check_report_files();
   const bool of_layer = !o.layer.checkpoint.empty();
   o.layer.seed = o.example.seed;
+  o.layer.step = o.step;
   const Json json = of_layer ? Json{{"layer", layer_json(o.layer)}} : inspect_example(o, o.json);
   const std::string head = of_layer ? "" : headline(o.example);
   if (!o.html.empty())
@@ -101,7 +103,14 @@ void add_word(CLI::App* app, const char* flag, T& value, T (*parse)(const std::s
       ->default_str(to_string(value));
 }
 
-void add_example_options(CLI::App* app, ExampleOptions& o, CLI::Option*& minimum) {
+// Groups of the help. Options of the example say nothing of a checkpoint, and are refused beside one.
+constexpr const char* kOfExample = "Drawn example";
+constexpr const char* kOfCheckpoint = "Trained layer";
+
+void add_example_options(CLI::App* app, InspectOptions& all) {
+  ExampleOptions& o = all.example;
+  const auto group = app->option_defaults()->get_group();
+  app->option_defaults()->group(kOfExample);
   app->add_option("--batch", o.batch, "Sequences")->capture_default_str();
   app->add_option("--sequence", o.sequence, "Tokens of a sequence")->capture_default_str();
   app->add_option("--hidden", o.hidden, "Width of a token")->capture_default_str();
@@ -117,10 +126,40 @@ void add_example_options(CLI::App* app, ExampleOptions& o, CLI::Option*& minimum
   add_word(app, "--policy", o.policy, parse_second_policy, "Of the second expert: all, none, threshold, random");
   app->add_option("--threshold", o.threshold, "Of the policies threshold and random")->capture_default_str();
   app->add_option("--capacity-factor", o.factor, "Places over the mean load")->capture_default_str();
-  minimum = app->add_option("--minimum-capacity", o.minimum,
-                            "Places of an expert, at least (default: 4 with gshard, else 0)");
+  app->add_option("--minimum-capacity", o.minimum, "Places of an expert, at least (default: 4 with gshard, else 0)");
   add_word(app, "--drop-order", o.order, parse_drop_order, "Who is dropped last: choice, position, score, random");
-  app->add_option("--seed", o.seed, "Of weights and input")->check(kSeeds)->capture_default_str();
+  app->add_option("--view", all.views, fmt::format("Parts to show: {}", fmt::join(kViews, ", ")))->delimiter(',');
+  app->add_option("--factors", all.factors, "Capacity factors of the sweep")->delimiter(',')->capture_default_str();
+  app->add_flag("--hierarchical", all.hierarchical, "Show a hierarchy of two levels as well");
+  app->option_defaults()->group(group);
+}
+
+void add_layer_options(CLI::App* app, LayerOptions& o) {
+  const auto group = app->option_defaults()->get_group();
+  app->option_defaults()->group(kOfCheckpoint);
+  CLI::Option* checkpoint = app->add_option("--checkpoint", o.checkpoint,
+                                            "Folder of a trained model: look at one of its layers instead");
+  app->add_option("--layer", o.layer, "Of the checkpoint, from 0")->capture_default_str()->needs(checkpoint);
+  app->add_option("--text", o.text, "File that is sent through the model (default: random rows)")->needs(checkpoint);
+  app->add_option("--tokens", o.tokens, "Tokens to send through the layer, at most")
+      ->capture_default_str()
+      ->needs(checkpoint);
+  app->option_defaults()->group(group);
+}
+
+/// Options that would be passed over in silence.
+void refuse_idle(const CLI::App& app, const InspectOptions& o) {
+  const auto given = [&](const char* flag) { return app.get_option(flag)->count() > 0; };
+  const bool of_layer = given("--checkpoint");
+  for (const CLI::Option* option : app.get_options())
+    TORCH_CHECK_VALUE(!of_layer || option->count() == 0 || option->get_group() != kOfExample, option->get_name(),
+                      " is an option of the drawn example: it says nothing of --checkpoint");
+  for (const char* flag : {"--policy", "--threshold", "--hierarchical", "--inner"})
+    TORCH_CHECK_VALUE(o.example.gshard() || !given(flag), flag, " belongs to --router gshard, but --router is '",
+                      o.example.router, "'");
+  for (const char* view : {"policies", "hierarchy"})
+    TORCH_CHECK_VALUE(o.example.gshard() || std::find(o.views.begin(), o.views.end(), view) == o.views.end(),
+                      "--view ", view, " belongs to --router gshard, but --router is '", o.example.router, "'");
 }
 
 }  // namespace
@@ -128,27 +167,10 @@ void add_example_options(CLI::App* app, ExampleOptions& o, CLI::Option*& minimum
 void add_inspect(CLI::App& program) {
   CLI::App* app = program.add_subcommand("inspect", "See the routing: shapes, tokens, policies, capacity, losses");
   auto o = std::make_shared<InspectOptions>();
-  CLI::Option* minimum = nullptr;
-  add_example_options(app, o->example, minimum);
-  CLI::Option* checkpoint = app->add_option("--checkpoint", o->layer.checkpoint,
-                                            "Folder of a trained model: look at one of its layers instead");
-  app->add_option("--layer", o->layer.layer, "Of the checkpoint, from 0")->capture_default_str()->needs(checkpoint);
-  app->add_option("--text", o->layer.text, "File that is sent through the model (default: random rows)")
-      ->needs(checkpoint);
-  app->add_option("--tokens", o->layer.tokens, "Tokens to send through the layer, at most")
-      ->capture_default_str()
-      ->needs(checkpoint);
-  app->add_option("--view", o->views, "Parts to show: stages, tokens, policies, capacity, collapse, hierarchy")
-      ->delimiter(',')
-      ->excludes(checkpoint);
-  app->add_option("--factors", o->factors, "Capacity factors of the sweep")
-      ->delimiter(',')
-      ->capture_default_str()
-      ->excludes(checkpoint);
-  app->add_option("--step", o->step, "Walk this token from gate to output, numbers shown")
-      ->check(CLI::Range(int64_t{0}, int64_t{1} << 32))
-      ->excludes(checkpoint);
-  app->add_flag("--hierarchical", o->hierarchical, "Show a hierarchy of two levels as well")->excludes(checkpoint);
+  add_example_options(app, *o);
+  add_layer_options(app, o->layer);
+  app->add_option("--step", o->step, "Walk this token from gate to output, numbers shown");
+  app->add_option("--seed", o->example.seed, "Of weights and input")->check(kSeeds)->capture_default_str();
   app->add_option("--html", o->html, "File for a page with charts, which needs no network");
   app->add_flag("--json", o->json, "All numbers as JSON on standard output");
   app->footer(
@@ -156,9 +178,11 @@ void add_inspect(CLI::App& program) {
       "  turnout inspect\n"
       "  turnout inspect --step 3 --policy threshold\n"
       "  turnout inspect --view capacity --sequence 64 --experts 8 --factors 0.5,1,2\n"
-      "  turnout inspect --checkpoint runs/compare/moe --layer 1 --text README.md");
-  app->callback([o, minimum] {
-    if (minimum->count() == 0 && !o->example.gshard()) o->example.minimum = 0;
+      "  turnout inspect --checkpoint runs/compare/moe --layer 1 --text README.md\n"
+      "  turnout inspect --checkpoint runs/compare/moe --text README.md --step 100");
+  app->callback([app, o] {
+    refuse_idle(*app, *o);
+    if (app->get_option("--minimum-capacity")->count() == 0 && !o->example.gshard()) o->example.minimum = 0;
     inspect(*o);
   });
 }

@@ -20,6 +20,16 @@ void check_size(const char* option, int64_t value, int64_t least = 1) {
   TORCH_CHECK_VALUE(value >= least && value <= kLargest, option, " is ", value, ", expected ", least, " to ", kLargest);
 }
 
+void check_router(const ExampleOptions& o) {
+  const RouterOptions router = router_preset(o.router);
+  try {
+    turnout::check(router, o.top_k, o.experts);
+  } catch (const c10::ValueError& error) {
+    TORCH_CHECK_VALUE(false, "--router ", o.router, " does not fit --experts ", o.experts, " --top-k ", o.top_k, ": ",
+                      error.what_without_backtrace());
+  }
+}
+
 Routing rows_of(const Routing& routing) {
   const auto rows = [](const at::Tensor& t) { return t.reshape({-1, t.size(-1)}); };
   return {rows(routing.topk_ids), rows(routing.topk_weights), rows(routing.scores)};
@@ -42,7 +52,7 @@ void check(const ExampleOptions& o) {
   TORCH_CHECK_VALUE(!o.gshard() || o.top_k == 2, "--top-k is ", o.top_k, ", expected 2 with --router gshard");
   TORCH_CHECK_VALUE(o.top_k >= 1 && o.top_k <= o.experts, "--top-k is ", o.top_k,
                     ", expected 1 to the number of experts, ", o.experts);
-  if (!o.gshard()) turnout::check(router_preset(o.router), o.top_k, o.experts);
+  if (!o.gshard()) check_router(o);
   TORCH_CHECK_VALUE(std::isfinite(o.threshold) && o.threshold >= 0, "--threshold is ", o.threshold,
                     ", expected 0 or more");
   TORCH_CHECK_VALUE(std::isfinite(o.factor) && o.factor > 0 && o.factor <= 1e6, "--capacity-factor is ", o.factor,

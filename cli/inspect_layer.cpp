@@ -1,7 +1,7 @@
 // Loads the layer, feeds it a text or random rows, and tells what its router does.
 #include "inspect_layer.h"
 
-#include "inspect_text.h"
+#include "inspect_sections.h"
 #include "layer_trace.h"
 
 #include <turnout/checkpoint.h>
@@ -55,23 +55,43 @@ std::string router_of(const RouterOptions& options) {
   return fmt::format("{}, {}", to_string(options.score), to_string(options.weights));
 }
 
-}  // namespace
+/// What reaches the feed-forward part of a layer.
+at::Tensor input_of(ByteLanguageModel model, int64_t layer, const at::Tensor& tokens) {
+  const at::NoGradGuard no_grad;
+  at::Tensor x = model->embedding->forward(tokens);
+  for (int64_t before = 0; before < layer; ++before)
+    x = model->blocks[static_cast<size_t>(before)]->forward(x);
+  TransformerBlock block = model->blocks[static_cast<size_t>(layer)];
+  x = x + block->attention->forward(block->attention_norm->forward(x));
+  return block->feed_forward_norm->forward(x);
+}
 
-Json layer_json(const LayerOptions& o) {
-  TORCH_CHECK_VALUE(o.tokens >= 1 && o.tokens <= kMostTokens, "--tokens is ", o.tokens, ", expected 1 to ",
-                    kMostTokens);
-  const bool published = is_published(o.checkpoint);
-  ByteLanguageModel model = published ? ByteLanguageModel(nullptr) : load_model(o.checkpoint);
-  const MoE moe = published ? published_layer(o) : layer_of(model, o);
-  Json json = {{"checkpoint", o.checkpoint}, {"layer", o.layer}, {"router", router_of(moe->options.router)}};
-  if (o.text.empty()) {
-    at::manual_seed(o.seed);
-    // The layer stands behind a norm: its input has mean 0 and deviation 1.
-    const LayerTrace trace = trace_layer(moe, o.layer, at::randn({o.tokens, moe->options.hidden}));
-    json["input"] = fmt::format("{} random rows, normal with deviation 1", o.tokens);
-    json["trace"] = trace_json(trace);
-    return json;
-  }
+/// The way of a byte of the text, in the call that it came in.
+Json step_of_text(ByteLanguageModel model, const MoE& moe, const LayerOptions& o, const TextWindows& windows) {
+  const int64_t step = *o.step, call = kWindowsACall * windows.length;
+  check_step(step, static_cast<int64_t>(windows.text.size()));
+  const auto tokens = windows.tokens().split(kWindowsACall)[static_cast<size_t>(step / call)];
+  Json json = {{"token", step},
+               {"sequence", step / windows.length},
+               {"position", step % windows.length},
+               {"text", place_json(windows, step)}};
+  json.update(layer_step_json(moe, input_of(model, o.layer, tokens), step % call));
+  return json;
+}
+
+void add_random_rows(Json& json, const MoE& moe, const LayerOptions& o) {
+  at::manual_seed(o.seed);
+  // The layer stands behind a norm: its input has mean 0 and deviation 1.
+  const at::Tensor x = at::randn({o.tokens, moe->options.hidden});
+  json["input"] = fmt::format("{} random rows, normal with deviation 1", o.tokens);
+  json["trace"] = trace_json(trace_layer(moe, o.layer, x));
+  if (!o.step) return;
+  check_step(*o.step, o.tokens);
+  json["step"] = {{"token", *o.step}};
+  json["step"].update(layer_step_json(moe, x, *o.step));
+}
+
+void add_text(Json& json, ByteLanguageModel model, const MoE& moe, const LayerOptions& o) {
   const TextWindows windows =
       windows_of(read_file(o.text, kLongestText), model->options.context, kWindowsACall, o.tokens);
   for (const LayerTrace& trace : trace_model(model, windows, kWindowsACall)) {
@@ -81,6 +101,24 @@ Json layer_json(const LayerOptions& o) {
     json["trace"] = trace_json(trace);
     json["takers"] = takers_json(trace, windows);
   }
+  if (o.step) json["step"] = step_of_text(model, moe, o, windows);
+}
+
+}  // namespace
+
+Json layer_json(const LayerOptions& o) {
+  TORCH_CHECK_VALUE(o.tokens >= 1 && o.tokens <= kMostTokens, "--tokens is ", o.tokens, ", expected 1 to ",
+                    kMostTokens);
+  const bool published = is_published(o.checkpoint);
+  ByteLanguageModel model = published ? ByteLanguageModel(nullptr) : load_model(o.checkpoint);
+  if (model) model->eval();
+  MoE moe = published ? published_layer(o) : layer_of(model, o);
+  moe->eval();
+  Json json = {{"checkpoint", o.checkpoint}, {"layer", o.layer}, {"router", router_of(moe->options.router)}};
+  if (o.text.empty())
+    add_random_rows(json, moe, o);
+  else
+    add_text(json, model, moe, o);
   return json;
 }
 

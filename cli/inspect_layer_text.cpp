@@ -31,14 +31,18 @@ std::string takers_text(const Json& takers, const Style& style) {
     if (!taker["words"].empty())
       text += indent + "words  " + fitting(taker["words"], kLineWidth - head.size() - 7) + "\n";
     for (const Json& example : taker["examples"])
-      text += fmt::format("{}{}{}{}\n", indent, style.faint(example["before"].get<std::string>()),
-                          style.strong(fmt::format("[{}]", example["at"].get<std::string>())),
-                          style.faint(example["after"].get<std::string>()));
+      text += indent + marked_text(example, style) + "\n";
   }
   return text;
 }
 
 }  // namespace
+
+std::string marked_text(const Json& place, const Style& style) {
+  return style.faint(place["before"].get<std::string>()) +
+         style.strong(fmt::format("[{}]", place["at"].get<std::string>())) +
+         style.faint(place["after"].get<std::string>());
+}
 
 std::string layer_text(const Json& json, const Style& style) {
   const Json& trace = json["trace"];
@@ -55,6 +59,7 @@ std::string layer_text(const Json& json, const Style& style) {
                       number("entropy"), number("entropy_max"), number("logit_rms"), number("logit_max"));
   text += fmt::format("  balance loss {:.4f} ({}), z-loss {:.4f}, before coefficients\n", number("balance_loss"),
                       trace["load_count"].get<std::string>(), number("z_loss"));
+  if (json.contains("step")) return text.append("\n").append(step_text(json["step"], style));
   text.append("\n").append(capacity_text(trace["capacity"], style));
   text += fmt::format("  Places are counted over {} tokens, those of one call.\n", count("group"));
   if (json.contains("takers")) text.append("\n").append(takers_text(json["takers"], style));

@@ -5,6 +5,8 @@
 #include "tensor_json.h"
 
 #include <cstdint>
+#include <functional>
+#include <string>
 #include <vector>
 
 namespace turnout::cli {
@@ -33,6 +35,25 @@ Json hierarchy_json(const Example& example);
 /// One token through gate, choice, slot, experts and combine, with the numbers of each.
 /// @throws c10::ValueError when there is no such token
 Json step_json(const Example& example, int64_t token);
+
+/// A call of a layer, looked at from one of its tokens.
+struct Passage {
+  at::Tensor x;       ///< [tokens, hidden]
+  at::Tensor logits;  ///< [tokens, experts]
+  Routed routed;      ///< capacity 0: no limit; places undefined: not known, or no limit
+  int64_t group = 0;  ///< tokens that queue together
+  /// The experts on rows [tokens, hidden], weighed by [tokens, top_k].
+  std::function<at::Tensor(const at::Tensor& x, const at::Tensor& topk_weights, const DispatchPlan& plan)> experts{};
+};
+
+/// Input, logits, choices with what became of each, and the routed experts' sum: of one token.
+Json passage_json(const Passage& passage, int64_t token);
+/// The first numbers of a vector, as the way of a token shows them.
+Json first_numbers(const at::Tensor& vector);
+/// How a router makes weights of scores, in words.
+std::string weights_rule(const RouterOptions& options);
+/// @throws c10::ValueError when `token` is none of 0 … tokens − 1
+void check_step(int64_t token, int64_t tokens);
 
 /// Sweep of places over choices that were made already, whatever made them.
 /// @param group_size tokens that queue together

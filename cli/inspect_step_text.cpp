@@ -33,6 +33,7 @@ std::string weights_text(const Json& json) {
     text += fmt::format("  choice  {}: expert {}, probability {:.4f}, weight {:.4f}\n", ++k,
                         choice["expert"].get<int64_t>(), choice["probability"].get<double>(),
                         choice["weight"].get<double>());
+  if (json.contains("weights")) text += fmt::format("          weights: {}\n", json["weights"].get<std::string>());
   if (json.contains("policy"))
     text += fmt::format("          weights: {:.4f} / {:.4f} and {:.4f} / {:.4f}, what both are together\n",
                         json["choices"][0]["probability"].get<double>(), json["probability_of_chosen"].get<double>(),
@@ -55,43 +56,47 @@ std::string policy_text(const Json& json) {
   return fmt::format("  policy  {}: the second expert {}\n", name, verdict);
 }
 
+std::string slot_text(const Json& choice, int64_t capacity) {
+  std::string text = fmt::format("expert {}", choice["expert"].get<int64_t>());
+  if (choice.contains("place")) text += fmt::format(": place {} of {}", choice["place"].get<int64_t>(), capacity);
+  if (choice["fate"] == "dropped") return text + ": dropped";
+  text += choice.contains("slot") ? fmt::format(", slot {}, ", choice["slot"].get<int64_t>()) : ": ";
+  return text + fmt::format("row {} of the plan", choice["row"].get<int64_t>());
+}
+
 std::string slots_text(const Json& json, const Style& style) {
   std::string text;
   for (const Json& choice : json["choices"]) {
-    const auto expert = choice["expert"].get<int64_t>();
-    const auto capacity = json["capacity"].get<int64_t>();
-    if (choice["fate"] == "kept") {
-      text += fmt::format("  slot    expert {}: place {} of {}, slot {}, row {} of the plan\n", expert,
-                          choice["place"].get<int64_t>(), capacity, choice["slot"].get<int64_t>(),
-                          choice["row"].get<int64_t>());
-    } else if (choice["fate"] == "dropped") {
-      text += fmt::format("  slot    {}\n", style.bad(fmt::format("expert {}: place {} of {}: dropped", expert,
-                                                                  choice["place"].get<int64_t>(), capacity)));
-    }
+    if (choice["fate"] == "left out") continue;
+    const std::string line = slot_text(choice, json["capacity"].get<int64_t>());
+    text += fmt::format("  slot    {}\n", choice["fate"] == "dropped" ? style.bad(line) : line);
   }
   return text;
 }
 
 std::string combine_text(const Json& json, bool more) {
   std::string text, sum;
-  for (const Json& choice : json["choices"]) {
-    if (choice["fate"] != "kept") continue;
-    const auto expert = choice["expert"].get<int64_t>();
-    text += fmt::format("  expert  {}(x) = {}\n", expert, vector_text(choice["output"], more));
-    sum += fmt::format("{}{:.4f} * {}(x)", sum.empty() ? "" : " + ", choice["weight"].get<double>(), expert);
-  }
-  return text + fmt::format("  combine {}\n        = {}\n",
-                            sum.empty() ? "nothing: the token passes by the residual" : sum,
-                            vector_text(json["output"], more));
+  const auto add = [&](double weight, const std::string& name, const Json& output) {
+    text += fmt::format("  expert  {} = {}\n", name, vector_text(output, more));
+    sum += fmt::format("{}{:.4f} * {}", sum.empty() ? "" : " + ", weight, name);
+  };
+  for (const Json& choice : json["choices"])
+    if (choice["fate"] == "kept")
+      add(choice["weight"].get<double>(), fmt::format("{}(x)", choice["expert"].get<int64_t>()), choice["output"]);
+  if (json.contains("shared")) add(json["shared"]["gate"].get<double>(), "shared(x)", json["shared"]["output"]);
+  if (sum.empty()) sum = "nothing: the token passes by the residual";
+  return text + fmt::format("  combine {}\n        = {}\n", sum, vector_text(json["output"], more));
 }
 
 }  // namespace
 
 std::string step_text(const Json& json, const Style& style) {
   const bool more = json["more"].get<bool>();
-  std::string text = style.strong(fmt::format("TOKEN {}: SEQUENCE {}, POSITION {}", json["token"].get<int64_t>(),
-                                              json["sequence"].get<int64_t>(), json["position"].get<int64_t>())) +
-                     "\n";
+  std::string title = fmt::format("TOKEN {}", json["token"].get<int64_t>());
+  if (json.contains("sequence"))
+    title += fmt::format(": SEQUENCE {}, POSITION {}", json["sequence"].get<int64_t>(), json["position"].get<int64_t>());
+  std::string text = style.strong(title) + "\n";
+  if (json.contains("text")) text += fmt::format("  text    {}\n", marked_text(json["text"], style));
   text += fmt::format("  input   x = {}\n", vector_text(json["x"], more));
   text += scores_text(json) + weights_text(json);
   if (json.contains("policy")) text += policy_text(json);

@@ -58,7 +58,10 @@ Json capacity_sweep(const Routing& chosen, int64_t num_experts, int64_t group_si
   for (const double factor : factors) {
     CapacityOptions capacity = rules;
     capacity.factor = factor;
-    const int64_t places = expert_capacity(capacity, group_size, chosen.topk_ids.size(1), num_experts);
+    const auto places_by = [&] { return expert_capacity(capacity, group_size, chosen.topk_ids.size(1), num_experts); };
+    const int64_t places = places_by();
+    capacity.minimum = 0;
+    const int64_t places_of_factor = places_by();
     const Capped capped = limit_capacity(chosen, num_experts, places, group_size, rules.order,
                                          /*renormalize=*/false, priority);
     const auto dropped = capped.dropped.item<int64_t>();
@@ -68,6 +71,7 @@ Json capacity_sweep(const Routing& chosen, int64_t num_experts, int64_t group_si
     };
     list.push_back({{"factor", factor},
                     {"places", places},
+                    {"places_of_factor", places_of_factor},
                     {"choices", choices},
                     {"dropped", dropped},
                     {"dropped_share", share(dropped, choices)},

@@ -110,6 +110,7 @@ std::string policies_text(const Json& json, const Style& style) {
 std::string capacity_text(const Json& json, const Style& style) {
   std::string text = title(style, "CAPACITY");
   text += style.faint("  factor   places   dropped choices   tokens left alone       idle slots") + "\n";
+  const Json* raised = nullptr;  // the last whose places are more than its factor gives
   for (const Json& entry : json) {
     const auto dropped = entry["dropped"].get<int64_t>();
     const std::string cell =
@@ -119,7 +120,11 @@ std::string capacity_text(const Json& json, const Style& style) {
                     entry["places"].get<int64_t>(), dropped > 0 ? style.bad(cell) : cell,
                     entry["tokens_without_expert"].get<int64_t>(),
                     fmt::format("{} ({})", entry["idle"].get<int64_t>(), percent(entry["idle_share"].get<double>())));
+    if (entry["places_of_factor"] < entry["places"]) raised = &entry;
   }
+  if (raised != nullptr)
+    text += fmt::format("  Up to a factor of {:g} the minimum of {} places counts (--minimum-capacity).\n",
+                        (*raised)["factor"].get<double>(), (*raised)["places"].get<int64_t>());
   return text;
 }
 

@@ -20,6 +20,8 @@ std::string hierarchy_text(const Json& json, const Style& style);
 std::string step_text(const Json& json, const Style& style);
 std::string layer_text(const Json& json, const Style& style);
 
+/// A byte of a text in brackets, amid its neighbours.
+std::string marked_text(const Json& place, const Style& style);
 /// "[2, 8, 16]"; "scalar" for no axes; "" for null
 std::string shape_text(const Json& shape);
 /// "3 0 12", over several lines where there are many, each indented to the head's length.

@@ -45,6 +45,9 @@ std::vector<LayerTrace> trace_model(ByteLanguageModel model, const TextWindows& 
 /// Load, drops, entropy, logits and losses of a trace, and its sweep of capacities.
 Json trace_json(const LayerTrace& trace);
 
+/// A byte of the text amid its neighbours, as readable text: before, at, after.
+Json place_json(const TextWindows& windows, int64_t token);
+
 /// For each expert: its share of the rows, the bytes and words that it takes more often than others do, and examples.
 Json takers_json(const LayerTrace& trace, const TextWindows& windows);
 

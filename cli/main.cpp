@@ -69,13 +69,14 @@ int run(int argc, char** argv) {
   CLI::App program{
       "Mixture-of-Experts language models on the CPU at hand.\n\n"
       "Examples:\n"
-      "  turnout compare                          dense against MoE, equal FLOPs, about 5 minutes\n"
-      "  turnout train --output runs/mine         one model, with checkpoints\n"
+      "  turnout compare                     dense against MoE, equal FLOPs: 5 minutes\n"
+      "  turnout train --output runs/mine    one model, with checkpoints\n"
       "  turnout generate runs/mine --prompt 'def '\n"
-      "  turnout inspect                          what a router does with its tokens\n"
-      "  turnout bench --shape few-rows           the experts against the limits of this machine",
+      "  turnout inspect                     what a router does with its tokens\n"
+      "  turnout bench --shape few-rows      the experts against this machine's limits",
       "turnout"};
   program.set_version_flag("--version", [] { return turnout::cli::version_text(); });
+  program.formatter(turnout::cli::help_format());
   program.require_subcommand(1);
   turnout::cli::add_compare(program);
   turnout::cli::add_train(program);

@@ -12,11 +12,11 @@ Style Style::of_standard_output() {
   return Style(isatty(STDOUT_FILENO) != 0 && (no_color == nullptr || *no_color == '\0'));
 }
 
-std::string wrap(const std::string& head, const std::vector<std::string>& words) {
+std::string wrap(const std::string& head, const std::vector<std::string>& words, size_t width) {
   std::string text, line = head;
   bool bare = true;  // nothing but the head or the indent stands on the line
   for (const std::string& word : words) {
-    if (!bare && line.size() + 1 + word.size() > kLineWidth) {
+    if (!bare && line.size() + 1 + word.size() > width) {
       text += line + "\n";
       line.assign(head.size(), ' ');
       bare = true;

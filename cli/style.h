@@ -30,6 +30,6 @@ class Style {
 inline constexpr size_t kLineWidth = 80;
 
 /// Words after `head`, as many on a line as fit; further lines are indented to the head's length.
-std::string wrap(const std::string& head, const std::vector<std::string>& words);
+std::string wrap(const std::string& head, const std::vector<std::string>& words, size_t width = kLineWidth);
 
 }  // namespace turnout::cli

@@ -110,18 +110,6 @@ at::Tensor count_rows(const at::Tensor& topk_ids, const Classes& classes, int64_
   return at::bincount(cell, {}, num_experts * width).view({num_experts, width}).to(at::kDouble);
 }
 
-Json example_at(const TextWindows& windows, int64_t token, double weight) {
-  const int64_t begin = token / windows.length * windows.length, end = begin + windows.length;
-  const int64_t from = std::max(begin, token - kAround), to = std::min(end, token + 1 + kAround);
-  const auto part = [&](int64_t a, int64_t b) {
-    return readable(std::string_view(windows.text).substr(static_cast<size_t>(a), static_cast<size_t>(b - a)));
-  };
-  return {{"before", part(from, token)},
-          {"at", part(token, token + 1)},
-          {"after", part(token + 1, to)},
-          {"weight", weight}};
-}
-
 /// For the first bytes that the expert favours: the place where it weighs most.
 Json examples(const LayerTrace& trace, const TextWindows& windows, const Json& bytes, int64_t expert) {
   const auto weight_T = at::where(trace.kept.topk_ids.eq(expert), trace.kept.topk_weights, 0.0).sum(1);
@@ -131,12 +119,24 @@ Json examples(const LayerTrace& trace, const TextWindows& windows, const Json& b
     if (list.size() == kExamples) break;
     const auto of_byte = at::where(token_bytes.eq(byte["id"].get<int64_t>()), weight_T, -1.0);
     const auto token = of_byte.argmax().item<int64_t>();
-    list.push_back(example_at(windows, token, of_byte[token].item<double>()));
+    list.push_back(place_json(windows, token));
+    list.back()["weight"] = of_byte[token].item<double>();
   }
   return list;
 }
 
 }  // namespace
+
+Json place_json(const TextWindows& windows, int64_t token) {
+  const int64_t begin = token / windows.length * windows.length, end = begin + windows.length;
+  const int64_t from = std::max(begin, token - kAround), to = std::min(end, token + 1 + kAround);
+  const auto part = [&](int64_t a, int64_t b) {
+    return readable(std::string_view(windows.text).substr(static_cast<size_t>(a), static_cast<size_t>(b - a)));
+  };
+  return {{"before", part(from, token)},
+          {"at", part(token, token + 1)},
+          {"after", part(token + 1, to)}};
+}
 
 Json takers_json(const LayerTrace& trace, const TextWindows& windows) {
   const int64_t num_experts = trace.options.num_experts;

@@ -135,8 +135,8 @@ void run_steps(const TrainOptions& options, Trainer& trainer, Telemetry& telemet
 std::string found_chunks(const ChunkTrial& trial) {
   std::string text;
   for (const auto& [chunks, seconds] : trial.medians())
-    text += fmt::format("{}{:.1f} ms in {}", text.empty() ? "" : ", ", 1e3 * seconds, chunks);
-  return text.empty() ? "" : fmt::format("exchange in {} of 1, 2 or 4 chunks: steps of {}\n", trial.chunks(), text);
+    text += fmt::format("{}{:.1f} ms with {}", text.empty() ? "" : ", ", 1e3 * seconds, chunks);
+  return text.empty() ? "" : fmt::format("chunks of an exchange: {} (a step took {})\n", trial.chunks(), text);
 }
 
 void describe(const RunOptions& run, const Trainer& trainer, const Ranks& ranks) {
@@ -145,8 +145,11 @@ void describe(const RunOptions& run, const Trainer& trainer, const Ranks& ranks)
   if (ranks.size() > 1)
     fmt::print("{} ranks, experts on {} of them, {} times\n", ranks.size(), ranks.layout().experts.size,
                ranks.layout().replicas.size);
-  fmt::print("steps {} to {} of {} x {} tokens\n", trainer.steps_done() + 1, run.training.steps, run.training.batch,
-             run.model.context);
+  if (trainer.done())
+    fmt::print("all {} steps are done already\n", run.training.steps);
+  else
+    fmt::print("steps {} to {} of {} x {} tokens\n", trainer.steps_done() + 1, run.training.steps, run.training.batch,
+               run.model.context);
   std::fflush(stdout);
 }
 
@@ -180,8 +183,10 @@ void train(TrainOptions& options, RunArguments& arguments) {
   const double bits = trainer.evaluate();
   save_model(trainer.model, options.output);
   if (ranks.first())
-    fmt::print("{}held-out text: {:.4f} bits a byte\nWritten: {}/model.safetensors, config.json, telemetry.jsonl\n",
-               found_chunks(trainer.chunk_trial()), bits, options.output);
+    fmt::print(
+        "{}held-out text: {:.4f} bits a byte\ntelemetry: {:.2f} % of the time of the steps\n"
+        "Written: {}/model.safetensors, config.json, telemetry.jsonl\n",
+        found_chunks(trainer.chunk_trial()), bits, 100 * telemetry.share(), options.output);
 }
 
 }  // namespace
@@ -199,7 +204,7 @@ void add_train(CLI::App& program) {
       "Examples:\n"
       "  turnout train --output runs/mine --tokens 5000000\n"
       "  turnout train --output runs/mine --resume\n"
-      "  turnout train --kind dense --output runs/dense      the dense model of equal FLOPs\n"
+      "  turnout train --kind dense --output runs/dense  the dense model of equal FLOPs\n"
       "  torchrun --no-python --nproc-per-node 2 turnout train --output runs/two");
   app->callback([options, arguments] { train(*options, *arguments); });
 }

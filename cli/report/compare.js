@@ -17,6 +17,7 @@ function summarySection() {
   ].map(([title, key, show]) => [title, dense[key] == null ? "–" : show(dense[key]), moe[key] == null ? "–" : show(moe[key])]);
   rows.splice(2, 0, ["FLOPs a token, forward", format.count(dense.flops_per_token.total), format.count(moe.flops_per_token.total)]);
   rows.push(["choices dropped", "–", format.percent(moe.dropped / moe.choices)]);
+  rows.push(["telemetry, of the time", ...[dense, moe].map((model) => (100 * model.telemetry_share).toFixed(2) + " %")]);
   const gain = dense.bits_per_byte_at_equal_tokens - moe.bits_per_byte_at_equal_tokens;
   section("summary", "Summary",
     el("p", {}, `After the same ${format.count(moe.tokens)} tokens the MoE model needs ${Math.abs(gain).toFixed(4)} bits a byte ` +
@@ -72,21 +73,34 @@ function throughputSection() {
   section("throughput", "Throughput", element);
 }
 
-function heatmap(lines, layer) {
+// Rows of each expert over the mean of the experts.
+function ratios(entry) {
+  const rows = entry.load.reduce((a, b) => a + b, 0);
+  return entry.load.map((mine) => rows > 0 ? mine * entry.load.length / rows : 0);
+}
+
+// Where the colours end: 98 % of all cells lie below it. The peaks of the first steps would leave the rest in one shade.
+function endOfColours(lines) {
+  const all = lines.flatMap(ratios).sort((a, b) => a - b);
+  const end = Math.max(2, Math.ceil(2 * all[Math.floor(0.98 * (all.length - 1))]) / 2);
+  return {end, beyond: all[all.length - 1] > end};
+}
+
+function heatmap(lines, layer, {end, beyond}) {
   const mine = lines.filter((entry) => entry.layer === layer);
   const experts = mine[0].load.length;
-  const ratio = (entry, e) => {
-    const rows = entry.load.reduce((a, b) => a + b, 0);
-    return rows > 0 ? entry.load[e] * experts / rows : 0;
-  };
   const every = [...Array(experts).keys()];
   const last = mine[mine.length - 1];
-  const z = every.map((e) => mine.map((entry) => ratio(entry, e)));
+  const columns = mine.map(ratios);
+  const z = every.map((e) => columns.map((column) => column[e]));
+  const steps = [...Array(Math.floor(end) + 1).keys()].concat(end % 1 ? [end] : []);
+  const marks = steps.map((n) => n === end && beyond ? `≥ ${n}` : String(n));
   return chart({
     title: `Layer ${layer}`,
     words: `At the end the fullest of ${experts} experts has ${last.max_over_mean.toFixed(2)} times the mean.`,
     traces: (c) => [{type: "heatmap", x: mine.map((e) => e.step), y: every, z,
-      colorscale: c.scale, zauto: false, zmin: 0, zmax: Math.max(...z.flat()), colorbar: {title: {text: "× mean", side: "right"}, thickness: 10, outlinewidth: 0},
+      colorscale: c.scale, zauto: false, zmin: 0, zmax: end, colorbar: {title: {text: "× mean", side: "right"}, thickness: 10, outlinewidth: 0,
+        tickvals: steps, ticktext: marks},
       hovertemplate: "step %{x}<br>expert %{y}<br>%{z:.2f} × the mean<extra></extra>"}],
     layout: (c) => layoutOf(c, axis(c, "step"), axis(c, "expert", {dtick: Math.max(1, Math.ceil(experts / 8))}),
                             {margin: {l: 48, r: 8, t: 8, b: 40}}),
@@ -98,9 +112,12 @@ function heatmap(lines, layer) {
 function loadSection() {
   const lines = layerLines();
   if (lines.length === 0) return;
+  const colours = endOfColours(lines);
   section("load", "Load of the experts over time",
-    note("A column is an interval of training, a row an expert; 1 is the mean load, 0 an expert without a token."),
-    el("div", {class: "grid"}, layersOf(lines).map((layer) => heatmap(lines, layer))));
+    note("A column is an interval of training, a row an expert; 1 is the mean load, 0 an expert without a token." +
+         (colours.beyond ? ` The colours end at ${colours.end} times the mean: above it lie less than 2 % of the cells, ` +
+                           "which pointing at them tells." : "")),
+    el("div", {class: "grid"}, layersOf(lines).map((layer) => heatmap(lines, layer, colours))));
 }
 
 function routersSection() {

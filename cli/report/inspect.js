@@ -76,6 +76,23 @@ function hierarchySection() {
   section("hierarchy", "Two levels", element);
 }
 
+function stepSection(step) {
+  const vector = (numbers) => `[${numbers.map((n) => n.toFixed(4)).join(", ")}${step.more ? ", …" : ""}]`;
+  const place = (choice) => choice.place == null ? "–" : `${choice.place} of ${step.capacity}`;
+  const rows = step.choices.map((c) => [`expert ${c.expert}`, c.probability, c.weight, c.fate, place(c), c.row ?? "–",
+                                        c.output ? vector(c.output) : "–"]);
+  if (step.shared) rows.push(["shared", null, step.shared.gate, "every token", "–", "–", vector(step.shared.output)]);
+  const {before, at, after} = step.text || {};
+  section("step", `Token ${step.token}`,
+    step.text ? el("p", {}, el("span", {class: "sample"}, before, el("mark", {}, at), after)) : null,
+    table(`From x = ${vector(step.x)} to ${vector(step.output)}, the sum of the outputs by weight`,
+      [["choice", null, "text"], ["probability", format.fixed(4)], ["weight", format.fixed(4)], ["fate", null, "text"],
+       ["place", null, "text"], ["row of the plan", null, "text"], ["the expert's output", null, "text"]], rows),
+    table("The gate", [["expert"], ["logit", format.fixed(4)], ["probability", format.fixed(4)]],
+      step.logits.slice(0, 64).map((logit, e) => [e, logit, step.scores[e]])),
+    step.logits.length > 64 ? note(`The first 64 of ${step.logits.length} experts.`) : null);
+}
+
 function layerSections() {
   const {trace, takers} = data.layer;
   const {element} = chart({
@@ -90,6 +107,7 @@ function layerSections() {
     ["entropy", `${trace.entropy.toFixed(3)} of at most ${trace.entropy_max.toFixed(3)} nats`],
     ["logits, root of the mean square", trace.logit_rms.toFixed(3)], ["logits, largest", trace.logit_max.toFixed(2)],
     [`balance loss (${trace.load_count})`, trace.balance_loss.toFixed(4)], ["z-loss", trace.z_loss.toFixed(4)]]));
+  if (data.layer.step) stepSection(data.layer.step);
   section("capacity", "Capacity", el("div", {class: "grid"}, sweepCharts([[`layer ${trace.layer}`, trace.capacity]])));
   if (takers) section("takers", "What each expert takes", takersTable(trace.layer, takers));
 }
@@ -97,6 +115,7 @@ function layerSections() {
 function exampleSections() {
   if (data.stages) stagesSection();
   if (data.tokens) tokensSection();
+  if (data.step) stepSection(data.step);
   if (data.policies) policiesSection();
   if (data.capacity) section("capacity", "Capacity", el("div", {class: "grid"}, sweepCharts([["capacity", data.capacity]])));
   if (data.collapse) collapseSection();

@@ -62,7 +62,7 @@ function axis(c, title, more = {}) {
 function layoutOf(c, x, y, more = {}) {
   return {paper_bgcolor: c.card, plot_bgcolor: c.card, font: {color: c.ink, size: 12, family: "system-ui, DejaVu Sans, sans-serif"},
           margin: {l: 56, r: 16, t: 12, b: 44}, xaxis: x, yaxis: y, hovermode: "closest",
-          legend: {orientation: "h", y: 1.12, x: 0, font: {color: c.ink}}, ...more};
+          legend: {orientation: "h", yanchor: "bottom", y: 1.02, x: 0, font: {color: c.ink}}, ...more};
 }
 
 // A line of `series` number i: told apart by colour, dash and mark.

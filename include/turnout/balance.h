@@ -38,8 +38,8 @@ at::Tensor balance_loss(const at::Tensor& scores, const at::Tensor& topk_ids,
                         LoadCount count = LoadCount::per_assignment, int64_t group_size = 0,
                         const at::Tensor& token_mask = {}, const SumOverRanks& sum = {});
 
-/// What balance_loss is made of: sums that add up over layers (Hugging Face pools layers before the product), micro-batches
-/// and ranks.
+/// What balance_loss is made of: sums that add up over layers (Hugging Face pools layers before the product),
+/// micro-batches and ranks.
 ///
 /// @return [groups, 2 · experts + 2]: assignments by expert (divided by k for per_assignment), probabilities by expert,
 ///         tokens, and 1
@@ -59,8 +59,19 @@ at::Tensor balance_loss_of_sums(const at::Tensor& sums, const at::Tensor& total 
 ///
 /// @param logits [tokens, experts]
 /// @param token_mask [tokens] bool, or undefined; false: padding, out of the mean
+/// @param sum where given, the mean is over the tokens of all ranks together; the gradient as in balance_loss
+/// @return scalar, float32 (float64 for float64 logits)
 /// Gradient: to logits. Source: ST-MoE, arXiv:2202.08906.
-at::Tensor z_loss(const at::Tensor& logits, const at::Tensor& token_mask = {});
+at::Tensor z_loss(const at::Tensor& logits, const at::Tensor& token_mask = {}, const SumOverRanks& sum = {});
+
+/// What z_loss is made of, [3]: the sum of the squares, tokens, and 1. They add up over micro-batches and ranks.
+///
+/// Gradient: to logits.
+at::Tensor z_sums(const at::Tensor& logits, const at::Tensor& token_mask = {});
+
+/// The loss of sums. @param total the sum of `sums` over ranks, or undefined; see balance_loss
+/// Gradient: to sums.
+at::Tensor z_loss_of_sums(const at::Tensor& sums, const at::Tensor& total = {});
 
 /// [experts] Σ_t weight of the expert for token t (Shazeer's importance).
 ///

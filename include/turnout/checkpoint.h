@@ -23,7 +23,7 @@ class FileError : public std::runtime_error {
 ///
 /// Bytes go to "PATH.partial" in the same folder; commit() makes them PATH. A process killed at any moment leaves
 /// the old PATH as it was; a left-over partial file is taken over by the next writer. Two writers of one path: the
-/// second one is refused. Not thread-safe.
+/// second one is refused. What is there and no regular file, as /dev/stdout, stays: it is refused. Not thread-safe.
 class AtomicFile {
  public:
   /// @throws FileError when the partial file cannot be opened or another process is writing it

@@ -160,7 +160,8 @@ class Top2GatingImpl : public turnout::Top2GatingImpl {
 };
 TORCH_MODULE(Top2Gating);
 
-/// A bank with the source's layout: w1 [..., dim, hidden], w2 [..., hidden, dim], no biases, uniform in ±1/√(last axis).
+/// A bank with the source's layout: w1 [..., dim, hidden], w2 [..., hidden, dim], no biases, uniform in
+/// ±1/√(last axis).
 class ExpertsImpl : public ExpertsModule {
  public:
   /// @param num_experts one size an outer axis, such as {16} or {4, 4}

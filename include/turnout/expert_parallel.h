@@ -23,8 +23,9 @@ struct ParallelLayout {
   Group all{};       ///< every rank: what is no expert, and the joined batch
   Group experts{};   ///< ranks that hold one set of experts together; neighbours, so mostly of one machine
   Group replicas{};  ///< ranks that hold the same experts
-  int64_t chunks = 1;        ///< pieces that an exchange is cut into, so that it overlaps with the experts; 0: as many as
-                             ///< make a Trainer's steps fastest (chunk_trial.h)
+  /// Pieces that an exchange is cut into, so that it overlaps with the experts; 0: as many as make a Trainer's steps
+  /// fastest (chunk_trial.h).
+  int64_t chunks = 1;
   bool joined_batch = true;  ///< capacity and losses are those of the batch of all ranks; false: of each rank's own
 };
 
@@ -46,7 +47,8 @@ class ExpertParallelImpl : public ExpertsModule {
   /// @param chunks pieces of an exchange, by experts: while one runs through them the next is on its way. More than 1
   ///        pays where the network takes as long as the experts; more than a rank has experts count as these
   /// @throws c10::ValueError when these do not fit together
-  ExpertParallelImpl(std::shared_ptr<ExpertsModule> local, Group group, std::vector<int64_t> bounds, int64_t chunks = 1);
+  ExpertParallelImpl(std::shared_ptr<ExpertsModule> local, Group group, std::vector<int64_t> bounds,
+                     int64_t chunks = 1);
 
   /// @throws DistributedError naming the operation and the rank when one is lost or sends other rows
   at::Tensor forward(const at::Tensor& x, const at::Tensor& topk_weights, const DispatchPlan& plan) override;

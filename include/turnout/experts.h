@@ -13,8 +13,8 @@ namespace turnout {
 
 /// Non-linearity between the two products. The gated ones, the last three, compute act(gate) · up.
 ///
-/// gelu and geglu are exact (erf). swiglu_clamped, of GPT-OSS: g · σ(1.702 · g) · (v + 1) with g = min(gate, 7) and v = up
-/// within [−7, 7]; without gradient beyond the clamps.
+/// gelu and geglu are exact (erf). swiglu_clamped, of GPT-OSS: g · σ(1.702 · g) · (v + 1) with g = min(gate, 7) and
+/// v = up within [−7, 7]; without gradient beyond the clamps.
 enum class Activation { relu, gelu, gelu_tanh, silu, swiglu, geglu, swiglu_clamped };
 
 /// @throws c10::ValueError naming the word when it is not one of the enumerators
@@ -45,8 +45,8 @@ struct ExpertWeights {
 /// @throws c10::ValueError or c10::TypeError naming the argument, what it got and what it expected
 /// Cost 2 · rows · hidden · (U + ffn) multiply-adds, plus the pre-activations kept for the backward.
 /// Gradient: to x, topk_weights, every weight and bias; an expert without rows gets zeros. Double backward is refused.
-/// Deterministic: the same bits from run to run, and in float32 and bfloat16 on the CPU at any number of threads. A NaN or
-/// Inf token harms only itself.
+/// Deterministic: the same bits from run to run, and in float32 and bfloat16 on the CPU at any number of threads. A NaN
+/// or Inf token harms only itself.
 at::Tensor experts(const at::Tensor& x, const at::Tensor& topk_weights, const DispatchPlan& plan,
                    const ExpertWeights& weights, Activation activation, bool weight_before_down = false);
 

@@ -6,6 +6,7 @@
 #include <turnout/experts.h>
 #include <turnout/plan.h>
 #include <turnout/router.h>
+#include <turnout/router_variants.h>
 #include <turnout/world.h>
 
 #include <torch/nn/module.h>
@@ -45,7 +46,8 @@ class FeedForwardImpl : public torch::nn::Module {
 };
 TORCH_MODULE(FeedForward);
 
-/// Runs some experts: x [tokens, hidden], topk_weights [tokens, top_k] and a plan over those experts → [tokens, hidden].
+/// Runs some experts: x [tokens, hidden], topk_weights [tokens, top_k] and a plan over those experts
+/// → [tokens, hidden].
 using RunExperts =
     std::function<at::Tensor(const at::Tensor& x, const at::Tensor& topk_weights, const DispatchPlan& plan)>;
 
@@ -60,8 +62,8 @@ class ExpertsModule : public torch::nn::Module {
     beside();
     return forward(x, topk_weights, plan);
   }
-  /// One forward in parts, each with experts of its own: the first counts[0], the next counts[1], …, in any order of calls.
-  /// Together they cost one forward and one backward; parts of experts of an unknown kind each run all of them.
+  /// One forward in parts, each with experts of its own: the first counts[0], the next counts[1], …, in any order of
+  /// calls. Together they cost one forward and one backward; parts of experts of an unknown kind each run all of them.
   /// @param counts adding up to num_experts()
   virtual std::vector<RunExperts> parts(const std::vector<int64_t>& counts);
   virtual int64_t num_experts() const = 0;
@@ -79,10 +81,12 @@ class FeedForwardBankImpl : public ExpertsModule {
  public:
   /// @throws c10::ValueError for sizes below 1
   FeedForwardBankImpl(FeedForwardOptions options, int64_t num_experts);
-  /// The experts of a range alone, with the weights that they have in the whole bank drawn from the same random state.
+  /// The experts of a range alone, with the weights that they have in the whole bank drawn from the same random
+  /// state.
   FeedForwardBankImpl(FeedForwardOptions options, ExpertRange range);
   /// Takes banks that are there: they become the parameters, without a copy.
-  /// @throws c10::ValueError for sizes below 1, separate experts, or shapes and biases that are not those of the options
+  /// @throws c10::ValueError for sizes below 1, separate experts, or shapes and biases that are not those of the
+  ///   options
   FeedForwardBankImpl(FeedForwardOptions options, const ExpertWeights& banks);
   at::Tensor forward(const at::Tensor& x, const at::Tensor& topk_weights, const DispatchPlan& plan) override;
   std::vector<RunExperts> parts(const std::vector<int64_t>& counts) override;
@@ -127,16 +131,25 @@ struct MoEOptions {
   bool bias = true;        ///< of the experts
   SharedExpertOptions shared{};
   bool gate_bias = false;
+  /// Who is paired with whom. For expert_choice top_k is the mean number of experts of a token: capacity says how many
+  /// tokens an expert takes, factor 1 where it says nothing; it drops nothing afterwards. expert_choice and sinkhorn
+  /// have weights of their own, `router` is not read.
+  Selection selection = Selection::topk;
+  int64_t hash_seed = 0;        ///< of Selection::hash; another one a layer
   RouterOptions router{};
-  bool selection_bias = false;  ///< choose by score + a bias that no gradient moves (update_selection_bias)
+  bool selection_bias = false;  ///< choose by score + a bias that no gradient moves (update_selection_bias); topk alone
   double jitter = 0.0;          ///< in training the router's input is x · uniform(1 ± jitter)
   bool jitter_experts = false;  ///< the experts see that input too (Mixtral in transformers)
   bool noisy = false;           ///< in training logits + noise · softplus(noise_gate(x)) (Shazeer)
   CapacityOptions capacity{};
   LoadCount load_count = LoadCount::per_assignment;
-  double balance_coefficient = 1e-2;  ///< 0: the loss is not computed
+  double balance_coefficient = 1e-2;  ///< 0, and selections other than topk: the loss is not computed
   double z_coefficient = 0.0;         ///< 0: the loss is not computed
 };
+
+/// @throws c10::ValueError naming the option that is impossible, what it is and what it may be. hidden and ffn are not
+///   read: a layer may get its gate and its experts from outside
+void check(const MoEOptions& options);
 
 /// One forward of an MoE layer: the output, the loss to add, and everything that led there.
 struct MoEOutput {
@@ -146,15 +159,16 @@ struct MoEOutput {
   DispatchPlan plan;
   at::Tensor dropped;   ///< scalar int64: choices that found no place; their tokens get zero from that expert
   at::Tensor logits;    ///< [tokens, experts]: what the gate gave
-  at::Tensor balance_loss;  ///< scalar before its coefficient; undefined where that is 0
+  at::Tensor balance_loss;  ///< scalar before its coefficient; undefined where it is not computed
   at::Tensor z_loss;        ///< scalar before its coefficient; undefined where that is 0
 };
 
-/// gate → route → losses → capacity → plan → experts, + shared experts.
+/// gate → selection → losses → capacity → plan → experts, + shared experts.
 ///
 /// The gate computes in the type of its own weights, under autocast too: gate->to(at::kFloat) keeps the router of a
 /// bfloat16 layer in float32 (DeepSeek, Switch). Parameters: gate.*, experts.*, shared.*, shared_gate.weight
-/// [1, hidden], noise_gate.weight [experts, hidden]. Buffer: selection_bias [experts] float32, zeros at first.
+/// [1, hidden], noise_gate.weight [experts, hidden]. Buffer: selection_bias [experts], zeros at first, float32 whatever
+/// type the layer is moved to, since its steps are smaller than what lower types tell apart.
 class MoEImpl : public torch::nn::Module {
  public:
   /// A gate without bias (options.gate_bias) and a bank of feed-forward experts.
@@ -167,13 +181,22 @@ class MoEImpl : public torch::nn::Module {
   /// x [..., hidden]; for capacity per sequence [..., sequence, hidden]. No tokens: an empty output, losses of 0.
   /// @param token_mask x's shape without hidden, bool, or undefined; false: padding, which takes no place, counts in no
   ///        loss and gets zero from the routed experts
-  MoEOutput forward(const at::Tensor& x, const at::Tensor& token_mask = {});
+  /// @param token_ids x's shape without hidden, int32 or int64: the words, which Selection::hash needs
+  MoEOutput forward(const at::Tensor& x, const at::Tensor& token_mask = {}, const at::Tensor& token_ids = {});
 
   /// From now on capacity and losses are those of the joined batch of these ranks, whose tokens stand in order of rank;
   /// places by sequence stay as they are. Every rank calls forward() then, also without tokens. The mean of the ranks'
-  /// aux_loss is that of the joined batch, and so is the mean of their gradients (average_gradients()). To drop at random
-  /// the ranks follow the random numbers of the first. Limiting capacity gathers the ids and weights of all ranks.
-  void join(const Group& ranks) { joined_ = ranks; }
+  /// aux_loss is that of the joined batch, and so is the mean of their gradients (average_gradients()). To drop at
+  /// random the ranks follow the random numbers of the first. Limiting capacity gathers the ids and weights of all
+  /// ranks.
+  /// @throws c10::ValueError for several ranks and a selection whose tokens compete over the whole batch: sinkhorn, and
+  ///   expert_choice but for capacity per sequence
+  void join(const Group& ranks);
+
+  using torch::nn::Module::to;
+  /// As Module's; selection_bias keeps its type.
+  void to(at::Device device, at::ScalarType type, bool non_blocking = false) override;
+  void to(at::ScalarType type, bool non_blocking = false) override;
 
   const MoEOptions options;
   torch::nn::AnyModule gate;
@@ -186,6 +209,8 @@ class MoEImpl : public torch::nn::Module {
  private:
   void register_modules();
   at::Tensor logits_of(const at::Tensor& x_TD);
+  ExpertChoice choose(const at::Tensor& logits, const at::Tensor& x, const at::Tensor& mask, const at::Tensor& words);
+  void add_losses(const Routing& chosen, const at::Tensor& mask, MoEOutput& out) const;
   Capped limit(const Routing& routing, const at::Tensor& x) const;
 
   Group joined_{};

@@ -10,10 +10,11 @@
 
 namespace turnout {
 
-/// Rows grouped by expert. Shapes are static, so that compiled graphs keep them: tokens · top_k rows, or as many as experts
-/// pick (route_expert_choice); the live rows come first. Immutable.
+/// Rows grouped by expert. Shapes are static, so that compiled graphs keep them: tokens · top_k rows, or as many as
+/// experts pick (route_expert_choice); the live rows come first. Immutable.
 struct DispatchPlan {
-  at::Tensor expert_offsets;  ///< [experts + 1] int64: rows of expert e are [offsets[e], offsets[e + 1]); the last is the live rows
+  /// [experts + 1] int64: rows of expert e are [offsets[e], offsets[e + 1]); the last is the number of live rows
+  at::Tensor expert_offsets;
   at::Tensor token_of_row;    ///< [rows] int64; -1 behind the live rows
   at::Tensor row_of_choice;   ///< [tokens, top_k] int64; -1 = not sent
 

@@ -29,7 +29,8 @@ std::string to_string(KeyLayout layout);
 /// What config.json says of a model's MoE layers.
 struct PretrainedMoE {
   std::string family;           ///< model_type
-  std::vector<int64_t> layers;  ///< that hold experts, ascending; of Switch the encoder's, then, counted on, the decoder's
+  /// That hold experts, ascending; of Switch the encoder's, then, counted on, the decoder's.
+  std::vector<int64_t> layers;
   MoEOptions options;           ///< of each of them; coefficients of losses are 0
 };
 

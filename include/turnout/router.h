@@ -59,7 +59,8 @@ struct RouterOptions {
   RouterWeights weights = RouterWeights::normalized;
   double epsilon = 0.0;  ///< added to the sum that RouterWeights::normalized divides by
   double scale = 1.0;    ///< of the weights, at the end (routed_scaling_factor)
-  /// Experts stand in this many groups of neighbours; a token chooses within the `kept_groups` best of them. 1: no limit.
+  /// Experts stand in this many groups of neighbours; a token chooses within the `kept_groups` best of them. 1: no
+  /// limit.
   int64_t groups = 1;
   int64_t kept_groups = 1;
   int64_t group_top = 1;  ///< a group's score: the sum of its best group_top (1: their maximum, DeepSeek-V2; 2: V3)

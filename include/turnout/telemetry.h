@@ -11,8 +11,8 @@ namespace turnout {
 
 /// Collects what Trainer::step() reports and writes a line an interval, and one a sparse layer and interval.
 ///
-/// The fields stand in docs/telemetry.md. Sums are taken over every step; what costs passes over the scores is looked at
-/// in the last step of an interval alone, so that a run of a hundred steps and more spends below 1 % of its time here.
+/// The fields stand in docs/telemetry.md. Sums are taken over every step; what costs passes over the scores is looked
+/// at in the last step of an interval alone; share() tells what that costs.
 class Telemetry {
  public:
   /// @param model name that each line bears
@@ -23,6 +23,9 @@ class Telemetry {
   bool due(const Trainer& trainer) const;
   /// Takes up a step. @param seconds that it took
   void add(const StepReport& report, double seconds);
+
+  /// What telemetry took of the time of the steps taken up so far, 0 to 1: the reports and the writing of lines.
+  double share() const;
 
   /// All lines so far: the run first, then the intervals in order.
   std::string jsonl() const;
@@ -37,6 +40,7 @@ class Telemetry {
     std::string text;
   };
 
+  void sum_up(const StepReport& report, double seconds);
   void write_interval(const StepReport& report);
   void write_layers(const StepReport& report);
 
@@ -50,6 +54,8 @@ class Telemetry {
   int64_t first_step_ = 0;
   double seconds_ = 0, bits_ = 0, aux_loss_ = 0, gradient_norm_ = 0, largest_norm_ = 0;
   at::Tensor expert_load_, layer_dropped_;
+  // since the beginning
+  double seconds_of_steps_ = 0, seconds_here_ = 0;
 };
 
 }  // namespace turnout

@@ -72,6 +72,7 @@ struct StepReport {
   int64_t dropped = 0;       ///< choices that found no place
   at::Tensor layer_dropped;  ///< [sparse layers] int64: the same a layer; undefined when dense
   std::vector<LayerReport> layers{};  ///< one a sparse layer, where the step was observed
+  double report_seconds = 0;          ///< of this step that the loads, the drops and `layers` took
 };
 
 /// Trains one model by AdamW with warm-up, cosine and gradient clipping.

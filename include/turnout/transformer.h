@@ -145,7 +145,8 @@ class ByteLanguageModelImpl : public torch::nn::Module {
   /// @throws c10::ValueError or c10::TypeError naming what it got and what it expected
   LanguageModelOutput forward(const at::Tensor& tokens);
 
-  /// Where a NaN or Inf first appears for these tokens, of all ranks: "embedding", "layer 2", "head", or "" where nowhere.
+  /// Where a NaN or Inf first appears for these tokens, of all ranks: "embedding", "layer 2", "head", or "" where
+  /// nowhere.
   std::string first_non_finite(const at::Tensor& tokens);
 
   const LanguageModelOptions options;

@@ -21,7 +21,7 @@ namespace turnout {
 ///   constant (RouterWeights::normalized, softmax_of_topk) with any logits, for RouterWeights::probability only where
 ///   all logits are equal
 /// @throws c10::ValueError when num_experts, top_k or the block's ffn is no multiple of `slices`, when experts have a
-///   capacity (what is dropped is missing), or a shared expert is asked for
+///   capacity (what is dropped is missing), when the selection is not topk, or a shared expert is asked for
 /// Source: arXiv:2212.05055 (copies); arXiv:2410.07524 (slices, virtual groups, scaling).
 MoE upcycle(const FeedForward& dense, MoEOptions options, int64_t slices = 1);
 

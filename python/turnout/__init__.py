@@ -23,6 +23,8 @@ from .losses import (  # noqa: E402
     routing_statistics,
     update_selection_bias,
     z_loss,
+    z_loss_of_sums,
+    z_sums,
 )
 from .nn import CapacityOptions, HierarchicalMoE, HierarchicalMoEOutput, MoE, MoEOutput  # noqa: E402
 from .ops import (  # noqa: E402
@@ -145,4 +147,6 @@ __all__ = [
     "topk",
     "update_selection_bias",
     "z_loss",
+    "z_loss_of_sums",
+    "z_sums",
 ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 def positive_int(owner: str, **values: object) -> None:
@@ -44,6 +45,32 @@ def one_of(owner: str, words: tuple[str, ...], **values: object) -> None:
     for name, value in values.items():
         if value not in words:
             raise ValueError(f"{owner}: {name} is {value!r}, expected one of {', '.join(words)}")
+
+
+def module(owner: str, **values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, nn.Module):
+            raise TypeError(f"{owner}: {name} is a {type(value).__name__}, expected a torch.nn.Module")
+
+
+def of_tokens(owner: str, name: str, tensor: object, x: Tensor) -> None:
+    """`tensor` is None, or has one entry a token of x [..., hidden]."""
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{owner}: {name} is a {type(tensor).__name__}, expected a tensor")
+    if tensor.shape != x.shape[:-1]:
+        raise ValueError(
+            f"{owner}: {name} has shape {list(tensor.shape)}, expected {list(x.shape[:-1])} (x without hidden)"
+        )
+
+
+def typed_as(owner: str, name: str, tensor: Tensor, weight: Tensor) -> None:
+    """`tensor` has the type of `weight`, or autocast sees to it."""
+    device = tensor.device.type
+    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if tensor.dtype != weight.dtype and not cast:
+        raise TypeError(f"{owner}: {name} is {tensor.dtype}, expected {weight.dtype} as the weights are")
 
 
 def shaped(owner: str, name: str, tensor: object, axes: str, last: int | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -122,6 +122,10 @@ def prepack(
 def _as_list(name: str, weights: Weights | None) -> list[Tensor]:
     if weights is None:
         return []
+    if not isinstance(weights, (Tensor, Iterable)):
+        raise TypeError(
+            f"turnout.fused_experts: {name} is a {type(weights).__name__}, expected a tensor or a list of tensors"
+        )
     tensors = [weights] if isinstance(weights, Tensor) else list(weights)
     for tensor in tensors:
         if not isinstance(tensor, Tensor):

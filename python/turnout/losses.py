@@ -14,6 +14,8 @@ from torch import Tensor
 from .ops import DispatchPlan, Routing
 
 LoadCount = Literal["per_assignment", "per_token", "first_choice"]
+SumOverRanks = Callable[[Tensor], Tensor]
+"""Sums a tensor over the ranks of a job (an all-reduce) and returns the sum; called outside of the gradient."""
 
 _ops = torch.ops.turnout
 
@@ -40,7 +42,7 @@ def balance_loss(
     group_size: int = 0,
     *,
     token_mask: Tensor | None = None,
-    sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+    sum_over_ranks: SumOverRanks | None = None,
 ) -> Tensor:
     """E · Σ f_i · P_i, a scalar: P_i is the mean probability of expert i, f_i its load.
 
@@ -49,8 +51,9 @@ def balance_loss(
       or first choices / T (first_choice; 1 when balanced)
     group_size: tokens over which f and P take their means; the loss is the mean over groups. 0 = all in one group
     token_mask: [T] bool; False: padding, which counts nowhere
-    sum_over_ranks: sums a tensor over the ranks of a job (an all-reduce; called outside of the gradient): f and P are
-      then those of all ranks together, and the mean of the ranks' gradients is that of the whole batch's loss
+    sum_over_ranks: sums a tensor over the ranks of a job (an all-reduce; called outside of the gradient) and returns
+      the sum: f and P are then those of all ranks together, and the mean of the ranks' gradients is that of the whole
+      batch's loss
 
     0 without tokens. Gradient: to scores through P; f is a count and has none.
     """
@@ -62,7 +65,16 @@ def balance_loss(
             "their groups are not the same tokens"
         )
     sums = _ops.balance_sums(scores, topk_ids, count, 0, token_mask)
-    return _ops.balance_loss_of_sums(sums, sum_over_ranks(sums.detach()))
+    return _ops.balance_loss_of_sums(sums, _total("balance_loss", sums, sum_over_ranks))
+
+
+def _total(owner: str, sums: Tensor, sum_over_ranks: SumOverRanks) -> Tensor:
+    total = sum_over_ranks(sums.detach())
+    if not isinstance(total, Tensor):
+        raise TypeError(
+            f"turnout.{owner}: sum_over_ranks returned a {type(total).__name__}, expected the sum as a new tensor"
+        )
+    return total
 
 
 def balance_sums(
@@ -85,12 +97,28 @@ def balance_loss_of_sums(sums: Tensor, total: Tensor | None = None) -> Tensor:
     return _ops.balance_loss_of_sums(sums, total)
 
 
-def z_loss(logits: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
+def z_loss(
+    logits: Tensor, *, token_mask: Tensor | None = None, sum_over_ranks: SumOverRanks | None = None
+) -> Tensor:
     """mean(logsumexp(logits)²) of logits [T, E], a scalar; 0 without tokens. Source: ST-MoE, arXiv:2202.08906.
 
     token_mask: [T] bool; False: padding, out of the mean
+    sum_over_ranks: as in balance_loss: the mean is then over the tokens of all ranks
     """
-    return _ops.z_loss(logits, token_mask)
+    if sum_over_ranks is None:
+        return _ops.z_loss(logits, token_mask)
+    sums = _ops.z_sums(logits, token_mask)
+    return _ops.z_loss_of_sums(sums, _total("z_loss", sums, sum_over_ranks))
+
+
+def z_sums(logits: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
+    """What z_loss is made of, [3]: the sum of the squares, tokens, and 1. They add up over micro-batches and ranks."""
+    return _ops.z_sums(logits, token_mask)
+
+
+def z_loss_of_sums(sums: Tensor, total: Tensor | None = None) -> Tensor:
+    """The loss of sums; total: their sum over ranks, as in balance_loss_of_sums."""
+    return _ops.z_loss_of_sums(sums, total)
 
 
 def expert_importance(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> Tensor:

@@ -6,6 +6,7 @@ ValueError or TypeError names the op, the argument, what it got and what was exp
 
 from __future__ import annotations
 
+import operator
 from typing import Literal, NamedTuple, TypedDict
 
 import torch
@@ -236,7 +237,6 @@ def queue_positions(
     return _ops.queue_positions(topk_ids, num_experts, group_size, order, priority)
 
 
-@torch.compiler.assume_constant_result
 def expert_capacity(
     group_tokens: int,
     top_k: int,
@@ -253,9 +253,15 @@ def expert_capacity(
     `fixed` when above 0; else max(minimum, min(group_tokens, rounded)) of factor · group_tokens · top_k / num_experts
     (without top_k when count_choices is false), or of top_k · ⌊factor · ⌈group_tokens / num_experts⌉⌋ (share, Tutel);
     group_tokens when both are 0, so that nothing drops. At least 1.
-    Compiled graphs take it as a number; a number of tokens that they keep symbolic breaks the graph here.
+    Compiled graphs take it as a number: they hold for one group_tokens and are made anew for another, without a break.
     """
-    return _ops.expert_capacity(factor, fixed, minimum, rounding, count_choices, group_tokens, top_k, num_experts)
+    counted = operator.index(group_tokens)  # no symbol any more
+    return _places(factor, fixed, minimum, rounding, count_choices, counted, top_k, num_experts)
+
+
+@torch.compiler.assume_constant_result
+def _places(*arguments: float | str) -> int:
+    return _ops.expert_capacity(*arguments)
 
 
 def limit_capacity(

@@ -5,12 +5,15 @@ Shapes: T tokens, K choices of a token (top_k), E experts. Each function is one 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .ops import DispatchPlan, RouterPrecision, RouterWeights, Routing, ScoreFunction
+
+Selection = Literal["topk", "expert_choice", "sinkhorn", "hash"]
+"""Who is paired with whom in a layer: route(), route_expert_choice(), route_sinkhorn() or hash_ids()."""
 
 _ops = torch.ops.turnout
 
@@ -43,12 +46,21 @@ def route_chosen(
     scale: float = 1.0,
     precision: RouterPrecision = "float32",
     cast_weights: bool = False,
+    token_mask: Tensor | None = None,
 ) -> Routing:
     """The scores and weights of route() for experts chosen elsewhere. topk_ids: [T, K]; -1 = not sent: weight 0, and no
-    share in a sum. Gradient: to logits [T, E]."""
+    share in a sum. token_mask: [T] bool; False: padding, sent nowhere. Gradient: to logits [T, E]."""
     return Routing(
         *_ops.route_chosen(
-            logits, topk_ids, weights, epsilon, score=score, scale=scale, precision=precision, cast_weights=cast_weights
+            logits,
+            topk_ids,
+            weights,
+            epsilon,
+            score=score,
+            scale=scale,
+            precision=precision,
+            cast_weights=cast_weights,
+            token_mask=token_mask,
         )
     )
 
@@ -85,7 +97,8 @@ def route_expert_choice(
 
     **Not causal**: whether a token is picked depends on later tokens of its group, so a language model trained so does
     not generate as it was trained.
-    logits: [T, E]; group_size: tokens that compete, 0 = all; token_mask: [T] bool, False = padding, picked by none
+    logits: [T, E]; capacity: at least 1, all tokens where a group has fewer; group_size: tokens that compete, 0 = all;
+    token_mask: [T] bool, False = padding, picked by none
     Weights are the softmax over experts in float32. Ties: the lower token. Source: arXiv:2202.09368.
     """
     ids, weights, scores, *plan = _ops.route_expert_choice(logits, capacity, group_size, token_mask)
@@ -97,13 +110,14 @@ def sinkhorn(logits: Tensor, tolerance: float = 1e-4) -> Tensor:
 
     Iterates until the mean change of the column factors is at most `tolerance`, as Megatron-LM does.
     """
-    return _ops.sinkhorn(logits.detach(), tolerance)
+    return _ops.sinkhorn(logits, tolerance)
 
 
-def route_sinkhorn(logits: Tensor, top_k: int, balanced: bool = True) -> Routing:
+def route_sinkhorn(logits: Tensor, top_k: int, balanced: bool = True, *, token_mask: Tensor | None = None) -> Routing:
     """Chooses by sinkhorn(logits), so that the batch loads experts evenly; weights are the sigmoid (top_k = 1) or the
-    softmax of the logits themselves. Not causal; in evaluation Megatron-LM chooses by the logits (balanced=False)."""
-    return Routing(*_ops.route_sinkhorn(logits, top_k, balanced))
+    softmax of the logits themselves. Not causal; in evaluation Megatron-LM chooses by the logits (balanced=False).
+    token_mask: [T] bool; False: padding, sent nowhere, no part of the balance."""
+    return Routing(*_ops.route_sinkhorn(logits, top_k, balanced, token_mask))
 
 
 def hash_ids(token_ids: Tensor, num_experts: int, top_k: int = 1, seed: int = 0) -> Tensor:

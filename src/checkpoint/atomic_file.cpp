@@ -35,6 +35,10 @@ void AtomicFile::fail(const char* action) const {
 }
 
 AtomicFile::AtomicFile(std::string path) : path_(std::move(path)), partial_(path_ + ".partial") {
+  struct stat there {};
+  if (stat(path_.c_str(), &there) == 0 && !S_ISREG(there.st_mode))
+    throw FileError(path_ + ": cannot be replaced by a file: is " +
+                    (S_ISDIR(there.st_mode) ? "a folder" : "a device, pipe or socket"));
   file_ = open(partial_.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666);
   if (file_ < 0) fail("write");
   if (flock(file_, LOCK_EX | LOCK_NB) != 0 || !same_file(file_, partial_)) {

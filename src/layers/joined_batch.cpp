@@ -34,15 +34,9 @@ Capped limit_joined(const Routing& own, const CapacityOptions& how, int64_t num_
                            : at::Tensor();
   const auto capped = limit_capacity({ids, joined_weights, {}}, num_experts, places, all, how.order, how.renormalize,
                                      numbers);
-  const Routing kept{capped.routing.topk_ids.narrow(0, before, count), capped.routing.topk_weights.narrow(0, before, count),
-                     own.scores};
+  const Routing kept{capped.routing.topk_ids.narrow(0, before, count),
+                     capped.routing.topk_weights.narrow(0, before, count), own.scores};
   return {kept, own.topk_ids.ge(0).sum() - kept.topk_ids.ge(0).sum()};
-}
-
-at::Tensor joined_mean(const at::Tensor& own_mean, const at::Tensor& tokens, const Group& ranks) {
-  if (ranks.size == 1) return own_mean;
-  const auto count = tokens.to(own_mean.scalar_type());
-  return own_mean * (count * static_cast<double>(ranks.size) / sum_over(count, ranks).clamp_min(1));
 }
 
 }  // namespace turnout

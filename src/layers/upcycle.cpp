@@ -42,6 +42,8 @@ MoE upcycle(const FeedForward& dense, MoEOptions options, int64_t slices) {
   check_multiple("num_experts", options.num_experts, slices);
   check_multiple("top_k", options.top_k, slices);
   check_multiple("ffn of the dense block", dense->options.ffn, slices);
+  TORCH_CHECK_VALUE(options.selection == Selection::topk, kName, ": selection is ", to_string(options.selection),
+                    ", expected topk, whose weights add up to a constant");
   TORCH_CHECK_VALUE(options.capacity.dropless(), kName, ": capacity is limited, expected experts that drop nothing");
   TORCH_CHECK_VALUE(options.shared.ffn == 0, kName, ": shared.ffn is ", options.shared.ffn,
                     ", expected 0: a shared expert would add to what the dense block computes");

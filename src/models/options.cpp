@@ -63,18 +63,11 @@ void check(const LanguageModelOptions& o) {
   check_size("experts", o.moe.num_experts);
   check_size("ffn of an expert", o.moe.ffn);
   if (o.moe.shared.ffn != 0) check_size("ffn of the shared expert", o.moe.shared.ffn);
-  TORCH_CHECK_VALUE(o.moe.shared.ffn > 0 || !o.moe.shared.gated,
-                    "turnout: shared.gated is set, but there is no shared expert");
-  TORCH_CHECK_VALUE(o.moe.top_k >= 1 && o.moe.top_k <= o.moe.num_experts, "turnout: top_k is ", o.moe.top_k,
-                    ", expected 1 to the number of experts, ", o.moe.num_experts);
-  TORCH_CHECK_VALUE(o.moe.jitter >= 0.0 && o.moe.jitter < 1.0, "turnout: jitter is ", o.moe.jitter,
-                    ", expected 0 to below 1");
-  TORCH_CHECK_VALUE(o.moe.balance_coefficient >= 0.0 && o.moe.balance_coefficient < 1e6,
-                    "turnout: balance_coefficient is ", o.moe.balance_coefficient, ", expected 0 or more");
-  TORCH_CHECK_VALUE(o.moe.z_coefficient >= 0.0 && o.moe.z_coefficient < 1e6, "turnout: z_coefficient is ",
-                    o.moe.z_coefficient, ", expected 0 or more");
-  check(o.moe.router, o.moe.top_k, o.moe.num_experts);
-  expert_capacity(o.moe.capacity, o.context, o.moe.top_k, o.moe.num_experts);
+  auto layer = o.moe;
+  layer.hidden = o.hidden;  // a model has one size for all
+  check(layer);
+  TORCH_CHECK_VALUE(o.moe.selection == Selection::topk, "turnout: selection is ", to_string(o.moe.selection),
+                    ", expected topk: a language model chooses experts by what came before");
 }
 
 std::string to_json(const LanguageModelOptions& options) {

@@ -4,6 +4,7 @@
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
+#include <chrono>
 #include <numeric>
 #include <sstream>
 
@@ -43,6 +44,16 @@ bool Telemetry::due(const Trainer& trainer) const {
 }
 
 void Telemetry::add(const StepReport& report, double seconds) {
+  const auto before = std::chrono::steady_clock::now();
+  sum_up(report, seconds);
+  const double here = std::chrono::duration<double>(std::chrono::steady_clock::now() - before).count();
+  seconds_of_steps_ += seconds + here;
+  seconds_here_ += report.report_seconds + here;
+}
+
+double Telemetry::share() const { return seconds_of_steps_ > 0 ? seconds_here_ / seconds_of_steps_ : 0.0; }
+
+void Telemetry::sum_up(const StepReport& report, double seconds) {
   if (first_step_ == 0) first_step_ = report.step;
   seconds_ += seconds;
   bits_ += report.bits_per_byte;

@@ -159,8 +159,10 @@ StepReport Trainer::make_step(bool observe) {
   report.step = steps_done_ + 1;
   report.bits_per_byte = loss.item<double>() / std::numbers::ln2;
   report.aux_loss = output.aux_loss.item<double>();
+  const auto before = std::chrono::steady_clock::now();
   count_load(output, report);
   if (observe) observe_layers(output, report);
+  report.report_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - before).count();
   join(report);
   refuse_divergence(inputs_BL, report.bits_per_byte + report.aux_loss);
   objective.backward();

@@ -9,6 +9,8 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <cmath>
+
 namespace turnout {
 namespace {
 
@@ -68,6 +70,17 @@ at::Tensor balance_sums_symint(const char* op, const at::Tensor& scores, const a
   return at::cat({counts_GE, probabilities_GE, tokens_G1, at::ones_like(tokens_G1)}, 1);
 }
 
+// The value of the total; the gradient of the own part, times the ranks, over which training takes the mean. The last
+// column counts ranks.
+at::Tensor of_all_ranks(const char* op, const at::Tensor& sums, const at::Tensor& total) {
+  if (!total.defined()) return sums;
+  TORCH_CHECK_VALUE(total.sym_sizes() == sums.sym_sizes(), op, ": total has shape ", total.sym_sizes(), ", expected ",
+                    sums.sym_sizes(), " as sums has");
+  const auto own = sums.detach(), of_ranks = total.detach();
+  const auto ranks = of_ranks.narrow(-1, -1, 1) / own.narrow(-1, -1, 1);
+  return of_ranks + (sums - own) * ranks;
+}
+
 }  // namespace
 
 LoadCount parse_load_count(const std::string& name) { return ops::parse_name("load count", kLoadCounts, name); }
@@ -85,15 +98,7 @@ at::Tensor balance_loss_of_sums(const at::Tensor& sums, const at::Tensor& total)
   const auto columns = sums.sym_size(1).guard_int(__FILE__, __LINE__);
   TORCH_CHECK_VALUE(columns >= 4 && columns % 2 == 0, kOp, ": sums has shape ", sums.sym_sizes(),
                     ", expected [groups, 2 · experts + 2]");
-  auto all = sums;
-  if (total.defined()) {
-    TORCH_CHECK_VALUE(total.sym_sizes() == sums.sym_sizes(), kOp, ": total has shape ", total.sym_sizes(),
-                      ", expected ", sums.sym_sizes(), " as sums has");
-    // The value of the total; the gradient of the own part, times the ranks, over which training takes the mean.
-    const auto own = sums.detach(), of_ranks = total.detach();
-    const auto ranks = of_ranks.narrow(1, columns - 1, 1) / own.narrow(1, columns - 1, 1);
-    all = of_ranks + (sums - own) * ranks;
-  }
+  const auto all = of_all_ranks(kOp, sums, total);
   const auto num_experts = columns / 2 - 1;
   const auto tokens_G1 = all.narrow(1, 2 * num_experts, 1).detach();
   const auto divisor_G1 = tokens_G1.clamp_min(1);
@@ -113,19 +118,43 @@ at::Tensor balance_loss(const at::Tensor& scores, const at::Tensor& topk_ids, Lo
   return balance_loss_of_sums(sums, sum(sums.detach()));
 }
 
-at::Tensor z_loss(const at::Tensor& logits, const at::Tensor& token_mask) {
-  constexpr const char* kOp = "turnout::z_loss";
-  ops::check_dim(kOp, "logits", logits, 2, "[tokens, experts]");
-  ops::check_floating(kOp, "logits", logits);
-  ops::check_token_mask(kOp, token_mask, logits, "logits");
-  auto wide = logits.to(ops::score_type(logits));
-  if (!token_mask.defined()) {
-    const auto squares = wide.logsumexp(-1).square();
-    return logits.sym_size(0) == 0 ? squares.sum() : squares.mean();
+namespace {
+
+at::Tensor z_sums_for(const char* op, const at::Tensor& logits, const at::Tensor& token_mask) {
+  ops::check_dim(op, "logits", logits, 2, "[tokens, experts]");
+  ops::check_floating(op, "logits", logits);
+  TORCH_CHECK_VALUE(logits.sym_size(1) >= 1, op, ": logits has shape ", logits.sym_sizes(),
+                    ", expected at least one expert");
+  ops::check_token_mask(op, token_mask, logits, "logits");
+  auto wide_TE = logits.to(ops::score_type(logits));
+  auto present_T = at::ones_symint({logits.sym_size(0)}, wide_TE.options());
+  if (token_mask.defined()) {
+    wide_TE = wide_TE.masked_fill(token_mask.logical_not().unsqueeze(1), 0);  // also where padding is NaN
+    present_T = token_mask.to(wide_TE.scalar_type());
   }
-  wide = wide.masked_fill(token_mask.logical_not().unsqueeze(1), 0);  // also where padding is NaN
-  const auto squares = wide.logsumexp(-1).square().masked_fill(token_mask.logical_not(), 0);
-  return squares.sum() / token_mask.sum().clamp_min(1);
+  const auto squares_T = wide_TE.logsumexp(-1).square() * present_T;
+  const auto tokens = present_T.sum();
+  return at::stack({squares_T.sum(), tokens, at::ones_like(tokens)});
+}
+
+}  // namespace
+
+at::Tensor z_sums(const at::Tensor& logits, const at::Tensor& token_mask) {
+  return z_sums_for("turnout::z_sums", logits, token_mask);
+}
+
+at::Tensor z_loss_of_sums(const at::Tensor& sums, const at::Tensor& total) {
+  constexpr const char* kOp = "turnout::z_loss_of_sums";
+  ops::check_dim(kOp, "sums", sums, 1, "[3]");
+  ops::check_floating(kOp, "sums", sums);
+  ops::check_size(kOp, "sums", sums, 0, 3, "squares, tokens, ranks");
+  const auto all = of_all_ranks(kOp, sums, total);
+  return all.select(0, 0) / all.select(0, 1).detach().clamp_min(1);
+}
+
+at::Tensor z_loss(const at::Tensor& logits, const at::Tensor& token_mask, const SumOverRanks& sum) {
+  const auto sums = z_sums_for("turnout::z_loss", logits, token_mask);
+  return z_loss_of_sums(sums, sum ? sum(sums.detach()) : at::Tensor());
 }
 
 at::Tensor expert_importance(const at::Tensor& topk_ids, const at::Tensor& topk_weights, int64_t num_experts) {
@@ -170,7 +199,10 @@ at::Tensor update_selection_bias(const at::Tensor& bias, const at::Tensor& count
   ops::check_dim(kOp, "counts", counts, 1, "[experts]");
   ops::check_size(kOp, "counts", counts, 0, bias.sym_size(0), "experts of bias");
   ops::check_device(kOp, "counts", counts, "bias", bias);
-  TORCH_CHECK_VALUE(rate >= 0, kOp, ": rate is ", rate, ", expected a number of at least 0");
+  TORCH_CHECK_TYPE(!counts.is_complex() && counts.scalar_type() != at::kBool, kOp, ": counts is ",
+                   counts.scalar_type(), ", expected whole numbers");
+  TORCH_CHECK_VALUE(std::isfinite(rate) && rate >= 0, kOp, ": rate is ", rate,
+                    ", expected a finite number of at least 0");
   const auto exact = counts.detach().to(at::kDouble);
   auto step = (exact.mean() - exact).sign().to(bias.scalar_type()) * rate;
   if (center) step = step - step.mean();
@@ -200,11 +232,21 @@ at::Tensor z_loss_op(const at::Tensor& logits, const std::optional<at::Tensor>& 
   return z_loss(logits, token_mask.value_or(at::Tensor()));
 }
 
+at::Tensor z_sums_op(const at::Tensor& logits, const std::optional<at::Tensor>& token_mask) {
+  return z_sums(logits, token_mask.value_or(at::Tensor()));
+}
+
+at::Tensor z_loss_of_sums_op(const at::Tensor& sums, const std::optional<at::Tensor>& total) {
+  return z_loss_of_sums(sums, total.value_or(at::Tensor()));
+}
+
 TORCH_LIBRARY_IMPL(turnout, CompositeImplicitAutograd, m) {
   m.impl("balance_sums", balance_sums_op);
   m.impl("balance_loss", balance_loss_op);
   m.impl("balance_loss_of_sums", balance_loss_of_sums_op);
   m.impl("z_loss", z_loss_op);
+  m.impl("z_sums", z_sums_op);
+  m.impl("z_loss_of_sums", z_loss_of_sums_op);
   m.impl("expert_importance", expert_importance);
   m.impl("cv_squared", cv_squared);
   m.impl("expert_counts", expert_counts);

@@ -9,12 +9,14 @@ void check_dim(const char* op, const char* name, const at::Tensor& tensor, int64
 }
 
 void check_floating(const char* op, const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.defined(), op, ": ", name, " is not defined, expected a tensor");
   const auto type = tensor.scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, op, ": ",
                    name, " is ", type, ", expected float32, float64, bfloat16 or float16");
 }
 
 void check_integer(const char* op, const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.defined(), op, ": ", name, " is not defined, expected a tensor");
   const auto type = tensor.scalar_type();
   TORCH_CHECK_TYPE(type == at::kLong || type == at::kInt, op, ": ", name, " is ", type,
                    ", expected int64 or int32");
@@ -51,8 +53,8 @@ at::ScalarType score_type(const at::Tensor& scores) {
 
 void check_topk(const at::Tensor& scores, int64_t top_k) {
   constexpr const char* kOp = "turnout::topk";
-  TORCH_CHECK_VALUE(scores.dim() >= 1, kOp, ": scores has no axes, expected [..., experts]");
   check_floating(kOp, "scores", scores);
+  TORCH_CHECK_VALUE(scores.dim() >= 1, kOp, ": scores has no axes, expected [..., experts]");
   TORCH_CHECK_VALUE(top_k >= 1 && scores.sym_size(-1) >= top_k, kOp, ": top_k is ", top_k, ", expected 1 to ",
                     scores.sym_size(-1), " (experts)");
 }
@@ -103,8 +105,9 @@ void check_topk_weights(const char* op, const at::Tensor& topk_weights, const at
   TORCH_CHECK_VALUE(topk_weights.sym_sizes() == row_of_choice.sym_sizes(), op, ": topk_weights has shape ",
                     topk_weights.sym_sizes(), ", expected ", row_of_choice.sym_sizes(), " (tokens, top_k)");
   const auto type = topk_weights.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == x.scalar_type(), op, ": topk_weights is ", type,
-                   ", expected Float or ", x.scalar_type(), " as x is");
+  const auto other = x.scalar_type() == at::kFloat ? std::string() : c10::str(" or ", x.scalar_type(), " as x is");
+  TORCH_CHECK_TYPE(type == at::kFloat || type == x.scalar_type(), op, ": topk_weights is ", type, ", expected Float",
+                   other);
   check_device(op, "topk_weights", topk_weights, "x", x);
 }
 

@@ -26,13 +26,13 @@ void check_device(const char* op, const char* name, const at::Tensor& tensor, co
 void check_size(const char* op, const char* name, const at::Tensor& tensor, int64_t dim, const c10::SymInt& size,
                 const char* why);
 
-/// value is at least `least`.
 /// A mask of tokens: undefined, or bool with one entry a row of `rows`.
 void check_token_mask(const char* op, const at::Tensor& token_mask, const at::Tensor& rows, const char* rows_name);
 
 /// What routers and losses compute in: float32, or float64 for float64.
 at::ScalarType score_type(const at::Tensor& scores);
 
+/// `value` is at least `least`.
 void check_at_least(const char* op, const char* name, int64_t value, int64_t least);
 
 // Checks of whole ops, shared by all their backends.

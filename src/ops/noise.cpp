@@ -22,10 +22,10 @@ void check_same(const char* op, const char* name, const at::Tensor& tensor, cons
 
 at::Tensor jitter(const at::Tensor& x, double amount, const at::Tensor& uniform) {
   constexpr const char* kOp = "turnout::jitter";
-  TORCH_CHECK_VALUE(x.defined(), kOp, ": x is not defined");
   ops::check_floating(kOp, "x", x);
   TORCH_CHECK_VALUE(amount >= 0 && amount < 1, kOp, ": amount is ", amount, ", expected 0 to below 1");
   if (!uniform.defined()) return x * at::empty_like(x.detach()).uniform_(1 - amount, 1 + amount);
+  ops::check_floating(kOp, "uniform", uniform);
   TORCH_CHECK_VALUE(uniform.sym_sizes() == x.sym_sizes(), kOp, ": uniform has shape ", uniform.sym_sizes(),
                     ", expected ", x.sym_sizes(), " as x has");
   ops::check_device(kOp, "uniform", uniform, "x", x);

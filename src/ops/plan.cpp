@@ -167,6 +167,7 @@ Capped limit_capacity(const Routing& routing, int64_t num_experts, int64_t capac
 
 Capped apply_capacity(const Routing& routing, int64_t num_experts, int64_t group_size,
                       const CapacityOptions& options) {
+  ops::check_dim("turnout::apply_capacity", "topk_ids", routing.topk_ids, 2, "[tokens, top_k]");
   if (options.dropless() || routing.topk_ids.size(0) == 0)
     return {routing, at::zeros({}, routing.topk_ids.options().dtype(at::kLong))};
   auto [ids, weights, dropped] =

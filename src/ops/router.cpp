@@ -72,17 +72,23 @@ Routing route(const at::Tensor& logits, int64_t top_k, const RouterOptions& opti
   return routing;
 }
 
-Routing route_chosen(const at::Tensor& logits, const at::Tensor& topk_ids, const RouterOptions& options) {
+Routing route_chosen(const at::Tensor& logits, const at::Tensor& topk_ids, const RouterOptions& options,
+                     const at::Tensor& token_mask) {
   constexpr const char* kOp = "turnout::route_chosen";
   ops::check_dim(kOp, "logits", logits, 2, "[tokens, experts]");
   ops::check_floating(kOp, "logits", logits);
   ops::check_dim(kOp, "topk_ids", topk_ids, 2, "[tokens, top_k]");
   ops::check_integer(kOp, "topk_ids", topk_ids);
   ops::check_size(kOp, "topk_ids", topk_ids, 0, logits.sym_size(0), "tokens of logits");
+  TORCH_CHECK_VALUE(topk_ids.sym_size(1) >= 1, kOp, ": topk_ids has shape ", topk_ids.sym_sizes(),
+                    ", expected top_k of at least 1");
   ops::check_device(kOp, "topk_ids", topk_ids, "logits", logits);
-  at::_assert_async(topk_ids.lt(at::Scalar(logits.sym_size(1))).all(),
+  ops::check_weight_options(kOp, options);
+  ops::check_token_mask(kOp, token_mask, logits, "logits");
+  at::_assert_async(topk_ids.ge(-1).logical_and(topk_ids.lt(at::Scalar(logits.sym_size(1)))).all(),
                     "turnout::route_chosen: topk_ids holds an id that is neither -1 nor one of the experts of logits");
-  const auto ids_TK = topk_ids.to(at::kLong);
+  auto ids_TK = topk_ids.to(at::kLong);
+  if (token_mask.defined()) ids_TK = ids_TK.masked_fill(token_mask.logical_not().unsqueeze(-1), -1);
   auto routing = ops::weigh_composed(logits, ids_TK.clamp_min(0), ids_TK.lt(0), options);
   return {ids_TK, cast(routing.topk_weights, options, logits), routing.scores};
 }
@@ -104,11 +110,11 @@ ops::RoutingTuple route_op(const at::Tensor& logits, int64_t top_k, c10::string_
 
 ops::RoutingTuple route_chosen_op(const at::Tensor& logits, const at::Tensor& topk_ids, c10::string_view weights,
                                   double epsilon, c10::string_view score, double scale, c10::string_view precision,
-                                  bool cast_weights) {
+                                  bool cast_weights, const std::optional<at::Tensor>& token_mask) {
   auto options = ops::router_options(score, weights, epsilon, scale);
   options.precision = parse_router_precision(std::string(precision));
   options.cast_weights = cast_weights;
-  auto routing = route_chosen(logits, topk_ids, options);
+  auto routing = route_chosen(logits, topk_ids, options, token_mask.value_or(at::Tensor()));
   return {routing.topk_ids, routing.topk_weights, routing.scores};
 }
 

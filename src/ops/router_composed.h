@@ -19,6 +19,9 @@ Routing route_composed(const at::Tensor& logits, int64_t top_k, const RouterOpti
 Routing weigh_composed(const at::Tensor& logits, const at::Tensor& topk_ids, const at::Tensor& absent,
                        const RouterOptions& options);
 
+/// The switches that make weights of scores. @throws c10::ValueError naming the one that is impossible
+void check_weight_options(const char* op, const RouterOptions& options);
+
 /// @throws c10::ValueError or c10::TypeError for shapes and types that the kernel's ops do not take
 void check_route_forward(const at::Tensor& logits, int64_t top_k);
 void check_route_backward(const std::optional<at::Tensor>& grad_weights, const std::optional<at::Tensor>& grad_scores,

@@ -3,6 +3,7 @@
 
 #include "checks.h"
 #include "names.h"
+#include "router_composed.h"
 
 #include <torch/library.h>
 
@@ -85,13 +86,17 @@ std::vector<std::string> router_preset_names() {
   return names;
 }
 
+void ops::check_weight_options(const char* op, const RouterOptions& options) {
+  TORCH_CHECK_VALUE(std::isfinite(options.epsilon) && options.epsilon >= 0, op, ": epsilon is ", options.epsilon,
+                    ", expected a finite number of at least 0");
+  TORCH_CHECK_VALUE(std::isfinite(options.scale), op, ": scale is ", options.scale, ", expected a finite number");
+}
+
 void check(const RouterOptions& options, int64_t top_k, int64_t num_experts) {
   constexpr const char* kOp = "turnout::route";
   TORCH_CHECK_VALUE(top_k >= 1 && top_k <= num_experts, kOp, ": top_k is ", top_k, ", expected 1 to ", num_experts,
                     " (experts)");
-  TORCH_CHECK_VALUE(std::isfinite(options.epsilon) && options.epsilon >= 0, kOp, ": epsilon is ", options.epsilon,
-                    ", expected a number of at least 0");
-  TORCH_CHECK_VALUE(std::isfinite(options.scale), kOp, ": scale is ", options.scale, ", expected a finite number");
+  ops::check_weight_options(kOp, options);
   TORCH_CHECK_VALUE(options.groups >= 1 && num_experts % options.groups == 0, kOp, ": groups is ", options.groups,
                     ", expected a divisor of ", num_experts, " experts");
   const auto size = num_experts / options.groups;

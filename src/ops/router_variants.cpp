@@ -4,22 +4,33 @@
 #include <turnout/router_variants.h>
 
 #include "checks.h"
+#include "names.h"
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
-#include <limits>
+#include <cmath>
 
 namespace turnout {
 namespace {
 
+constexpr ops::Names<Selection, 4> kSelections{{{Selection::topk, "topk"},
+                                                {Selection::expert_choice, "expert_choice"},
+                                                {Selection::sinkhorn, "sinkhorn"},
+                                                {Selection::hash, "hash"}}};
+
 void check_logits(const char* op, const at::Tensor& logits) {
   ops::check_dim(op, "logits", logits, 2, "[tokens, experts]");
   ops::check_floating(op, "logits", logits);
+  TORCH_CHECK_VALUE(logits.sym_size(1) >= 1, op, ": logits has shape ", logits.sym_sizes(),
+                    ", expected at least one expert");
 }
 
 }  // namespace
+
+Selection parse_selection(const std::string& name) { return ops::parse_name("selection", kSelections, name); }
+std::string to_string(Selection selection) { return ops::name_of(kSelections, selection); }
 
 ExpertChoice route_expert_choice(const at::Tensor& logits, int64_t capacity, int64_t group_size,
                                  const at::Tensor& token_mask) {
@@ -32,8 +43,8 @@ ExpertChoice route_expert_choice(const at::Tensor& logits, int64_t capacity, int
   const auto n = group_size == 0 ? tokens : c10::SymInt(group_size);
   TORCH_CHECK_VALUE(tokens == 0 || tokens % n == 0, kOp, ": group_size is ", group_size, ", expected a divisor of ",
                     tokens, " tokens");
-  TORCH_CHECK_VALUE(capacity >= 1 && (tokens == 0 || n >= capacity), kOp, ": capacity is ", capacity,
-                    ", expected 1 to ", n, " (tokens of a group)");
+  ops::check_at_least(kOp, "capacity", capacity, 1);
+  const auto picks = n < capacity ? n.guard_int(__FILE__, __LINE__) : capacity;
   const auto scores_TE = logits.to(ops::score_type(logits)).softmax(-1);
   const auto all = at::arange(num_experts, logits.options().dtype(at::kLong));
   auto picked_TE = at::zeros_like(scores_TE, at::kBool);
@@ -43,7 +54,7 @@ ExpertChoice route_expert_choice(const at::Tensor& logits, int64_t capacity, int
     if (token_mask.defined()) choice_TE = choice_TE.masked_fill(token_mask.logical_not().unsqueeze(-1), -2);
     const auto choice_GEn =
         choice_TE.reshape_symint({tokens / n, n, num_experts}).transpose(1, 2).contiguous();
-    const auto best_GEC = turnout::topk(choice_GEn, capacity);
+    const auto best_GEC = turnout::topk(choice_GEn, picks);
     const auto picked_GEn = at::zeros_like(choice_GEn, at::kBool).scatter(-1, best_GEC, true);
     picked_TE = picked_GEn.transpose(1, 2).reshape_symint(logits.sym_sizes());
     if (token_mask.defined()) picked_TE = picked_TE.logical_and(token_mask.unsqueeze(-1));
@@ -51,7 +62,7 @@ ExpertChoice route_expert_choice(const at::Tensor& logits, int64_t capacity, int
   const auto ids_TE = at::where(picked_TE, all, -1);
   auto plan = turnout::plan(ids_TE, num_experts);
   if (tokens != 0)
-    plan.token_of_row = plan.token_of_row.narrow_symint(0, 0, tokens / n * (capacity * num_experts)).clone();
+    plan.token_of_row = plan.token_of_row.narrow_symint(0, 0, tokens / n * (picks * num_experts)).clone();
   return {{ids_TE, scores_TE.masked_fill(picked_TE.logical_not(), 0), scores_TE}, plan};
 }
 
@@ -59,15 +70,21 @@ at::Tensor sinkhorn(const at::Tensor& logits, double tolerance) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("turnout::sinkhorn", "")
                              .typed<at::Tensor(const at::Tensor&, double)>();
+  ops::check_floating("turnout::sinkhorn", "logits", logits);
   return op.call(logits.detach(), tolerance);
 }
 
-Routing route_sinkhorn(const at::Tensor& logits, int64_t top_k, bool balanced) {
-  check_logits("turnout::route_sinkhorn", logits);
+Routing route_sinkhorn(const at::Tensor& logits, int64_t top_k, bool balanced, const at::Tensor& token_mask) {
+  constexpr const char* kOp = "turnout::route_sinkhorn";
+  check_logits(kOp, logits);
+  ops::check_token_mask(kOp, token_mask, logits, "logits");
   const RouterOptions options{.score = top_k == 1 ? ScoreFunction::sigmoid : ScoreFunction::softmax,
                               .weights = RouterWeights::probability};
-  if (!balanced) return route(logits, top_k, options);
-  return route_chosen(logits, turnout::topk(sinkhorn(logits), top_k), options);
+  if (!balanced) return route(logits, top_k, options, {}, token_mask);
+  auto counted_TE = logits.detach();
+  if (token_mask.defined())  // rows of NaN take no part
+    counted_TE = counted_TE.masked_fill(token_mask.logical_not().unsqueeze(-1), std::nan(""));
+  return route_chosen(logits, turnout::topk(sinkhorn(counted_TE), top_k), options, token_mask);
 }
 
 at::Tensor hash_ids(const at::Tensor& token_ids, int64_t num_experts, int64_t top_k, int64_t seed) {
@@ -104,8 +121,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> route_sinkhorn_op(const at::Tensor& logits, int64_t top_k,
-                                                                 bool balanced) {
-  auto routing = route_sinkhorn(logits, top_k, balanced);
+                                                                 bool balanced,
+                                                                 const std::optional<at::Tensor>& token_mask) {
+  auto routing = route_sinkhorn(logits, top_k, balanced, token_mask.value_or(at::Tensor()));
   return {routing.topk_ids, routing.topk_weights, routing.scores};
 }
 
@@ -118,15 +136,17 @@ at::Tensor sinkhorn_aten(const at::Tensor& logits, double tolerance) {
   check_sinkhorn(logits, tolerance);
   constexpr int kMostIterations = 1000;
   constexpr double kEpsilon = 1e-8;  // the source's
-  // e⁸⁸ overflows float32; no healthy router comes near, and a common factor changes nothing.
-  constexpr double kLargest = 80;
+  // A row's largest logit is brought within these bounds, which no healthy router leaves: e⁸⁸ overflows float32, and
+  // e⁻¹⁰ is well above epsilon. A factor of a whole row changes nothing, of_rows takes it up.
+  constexpr double kLargest = 80, kSmallest = -10;
   const auto wide = logits.to(ops::score_type(logits));
   const auto broken_T1 = wide.isfinite().logical_not().any(-1, /*keepdim=*/true);
   // Rows that take no part must not count either: the sums of rows and of columns would never agree.
   const auto tokens = static_cast<double>(wide.size(0) - broken_T1.sum().item<int64_t>());
   if (tokens == 0) return at::zeros_like(wide);
   const auto finite = wide.masked_fill(broken_T1, 0);
-  const auto cost = (finite - (finite.max() - kLargest).clamp_min(0)).exp().masked_fill(broken_T1, 0);
+  const auto best_T1 = finite.amax(-1, /*keepdim=*/true);
+  const auto cost = (finite - (best_T1 - best_T1.clamp(kSmallest, kLargest))).exp().masked_fill(broken_T1, 0);
   const auto num_experts = static_cast<double>(cost.size(1));
   auto of_rows = at::ones({cost.size(0)}, cost.options());
   auto of_columns = at::ones({cost.size(1)}, cost.options());

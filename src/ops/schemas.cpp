@@ -37,8 +37,8 @@ TORCH_LIBRARY(turnout, m) {
       " str score, str weights, float epsilon, float scale) -> Tensor");
   m.def(
       "route_chosen(Tensor logits, Tensor topk_ids, str weights='normalized', float epsilon=0.0, *,"
-      " str score='softmax', float scale=1.0, str precision='float32', bool cast_weights=False)"
-      " -> (Tensor topk_ids, Tensor topk_weights, Tensor scores)");
+      " str score='softmax', float scale=1.0, str precision='float32', bool cast_weights=False,"
+      " Tensor? token_mask=None) -> (Tensor topk_ids, Tensor topk_weights, Tensor scores)");
   m.def("jitter(Tensor x, float amount, Tensor? uniform=None) -> Tensor");
   m.def(
       "noisy_logits(Tensor logits, Tensor noise_logits, float minimum=0.0, Tensor? noise=None)"
@@ -50,7 +50,7 @@ TORCH_LIBRARY(turnout, m) {
       " Tensor row_of_choice)");
   m.def("sinkhorn(Tensor logits, float tolerance=1e-4) -> Tensor");
   m.def(
-      "route_sinkhorn(Tensor logits, int top_k, bool balanced=True)"
+      "route_sinkhorn(Tensor logits, int top_k, bool balanced=True, Tensor? token_mask=None)"
       " -> (Tensor topk_ids, Tensor topk_weights, Tensor scores)");
   m.def("hash_ids(Tensor token_ids, int num_experts, int top_k=1, int seed=0) -> Tensor");
   // balance
@@ -62,6 +62,8 @@ TORCH_LIBRARY(turnout, m) {
       " Tensor? token_mask=None) -> Tensor");
   m.def("balance_loss_of_sums(Tensor sums, Tensor? total=None) -> Tensor");
   m.def("z_loss(Tensor logits, Tensor? token_mask=None) -> Tensor");
+  m.def("z_sums(Tensor logits, Tensor? token_mask=None) -> Tensor");
+  m.def("z_loss_of_sums(Tensor sums, Tensor? total=None) -> Tensor");
   m.def("expert_importance(Tensor topk_ids, Tensor topk_weights, int num_experts) -> Tensor");
   m.def("cv_squared(Tensor values) -> Tensor");
   m.def("expert_counts(Tensor topk_ids, int num_experts) -> Tensor");

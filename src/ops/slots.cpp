@@ -15,6 +15,7 @@ namespace {
 // Place of each choice among the `capacity` of its expert and group; -1 = none. [tokens, top_k]
 at::Tensor places(const char* op, const at::Tensor& topk_ids, int64_t num_experts, const c10::SymInt& capacity,
                   const c10::SymInt& group_size) {
+  ops::check_dim(op, "topk_ids", topk_ids, 2, "[tokens, top_k]");
   TORCH_CHECK_VALUE(capacity >= 1, op, ": capacity is ", capacity, ", expected at least 1");
   const auto positions = ops::call_queue_positions(topk_ids, num_experts, group_size, "choice", std::nullopt);
   return positions.masked_fill(positions.ge(at::Scalar(capacity)), -1);
@@ -46,6 +47,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> slot_plan_symint(const at::Tensor
 at::Tensor slot_importance_op(const at::Tensor& topk_weights, const at::Tensor& token_of_row,
                               const at::Tensor& row_of_choice) {
   constexpr const char* kOp = "turnout::slot_importance";
+  ops::check_floating(kOp, "topk_weights", topk_weights);
   ops::check_plan_tensors(kOp, token_of_row, row_of_choice, topk_weights);
   ops::check_topk_weights(kOp, topk_weights, row_of_choice, topk_weights);
   const auto weight_S = scatter_choices(row_of_choice, topk_weights.detach(), token_of_row.sym_size(0), 0);

@@ -17,6 +17,10 @@ RoutingStatistics routing_statistics(const Routing& routing, const DispatchPlan&
   ops::check_size(kOp, "expert_offsets", plan.expert_offsets, 0, routing.scores.sym_size(1) + 1, "experts + 1");
   ops::check_device(kOp, "expert_offsets", plan.expert_offsets, "scores", routing.scores);
   ops::check_token_mask(kOp, token_mask, routing.scores, "scores");
+  if (dropped.defined()) {
+    ops::check_dim(kOp, "dropped", dropped, 0, "a scalar");
+    ops::check_device(kOp, "dropped", dropped, "scores", routing.scores);
+  }
 
   RoutingStatistics out;
   const auto scores_TE = routing.scores.detach().to(ops::score_type(routing.scores));

@@ -34,9 +34,13 @@ Top2Routing route_top2(const at::Tensor& logits, const Top2Options& options, con
   const auto slots = logits.sym_sizes().slice(0, logits.dim() - 1);
   TORCH_CHECK_VALUE(options.epsilon >= 0 && options.threshold >= 0, kOp, ": epsilon is ", options.epsilon,
                     " and threshold is ", options.threshold, ", expected numbers of at least 0");
-  for (const auto& [name, tensor] : {std::pair{"importance", importance}, {"uniform", uniform}})
-    TORCH_CHECK_VALUE(!tensor.defined() || tensor.sym_sizes() == slots, kOp, ": ", name, " has shape ",
-                      tensor.defined() ? tensor.sym_sizes() : slots, ", expected ", slots, " as logits have");
+  for (const auto& [name, tensor] : {std::pair{"importance", importance}, {"uniform", uniform}}) {
+    if (!tensor.defined()) continue;
+    ops::check_floating(kOp, name, tensor);
+    ops::check_device(kOp, name, tensor, "logits", logits);
+    TORCH_CHECK_VALUE(tensor.sym_sizes() == slots, kOp, ": ", name, " has shape ", tensor.sym_sizes(), ", expected ",
+                      slots, " as logits have");
+  }
 
   const auto gates = logits.to(ops::score_type(logits)).softmax(-1);
   const auto no = at::zeros({}, gates.options());

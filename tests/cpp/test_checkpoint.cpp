@@ -6,6 +6,7 @@
 #include "tiny_models.h"
 
 #include <sys/resource.h>
+#include <sys/stat.h>
 
 #include <csignal>
 #include <fstream>
@@ -173,6 +174,16 @@ TEST_F(Checkpoint, NothingIsSeenBeforeCommit) {
   std::ofstream(path("x.partial")) << "left behind by a killed process";
   write_file(path("x"), "new");
   EXPECT_EQ(bytes_of(path("x")), "new");
+}
+
+TEST_F(Checkpoint, WhatIsNoRegularFileIsNotReplaced) {
+  ASSERT_EQ(mkfifo(path("pipe").c_str(), 0600), 0);
+  std::filesystem::create_symlink(path("pipe"), path("link"));
+  for (const char* name : {"pipe", "link"})
+    EXPECT_SAYS(write_file(path(name), "new"), path(name) + ": cannot be replaced by a file: is a device, pipe or socket");
+  EXPECT_SAYS(write_file(path("."), "new"), "is a folder");
+  EXPECT_TRUE(std::filesystem::is_fifo(path("pipe")) && std::filesystem::is_symlink(path("link")));
+  EXPECT_FALSE(std::filesystem::exists(path("pipe.partial")));
 }
 
 TEST_F(Checkpoint, AModelThatDoesNotFitListsEverything) {

@@ -106,6 +106,18 @@ TEST(Telemetry, ALongRunHasAHundredIntervalsAndAShortOneAllItsSteps) {
   }
 }
 
+TEST(Telemetry, ItsShareIsWhatReportsAndWritingTook) {
+  Trainer trainer(tiny_model(tiny_options()), tiny_training(9), repeated_text("abc"));
+  Telemetry telemetry("tiny", trainer);
+  EXPECT_EQ(telemetry.share(), 0.0);
+  StepReport report = trainer.step(true);
+  EXPECT_GT(report.report_seconds, 0.0);
+  report.report_seconds = 250.0;
+  telemetry.add(report, 1000.0);
+  EXPECT_GT(telemetry.share(), 0.25);  // writing its lines adds to it
+  EXPECT_NEAR(telemetry.share(), 0.25, 0.01);
+}
+
 TEST(Telemetry, GoesOnAfterAnInterruption) {
   const auto text = repeated_text("points and rails");
   Trainer unbroken(tiny_model(dropping_options()), tiny_training(9), text);

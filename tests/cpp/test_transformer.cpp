@@ -171,7 +171,7 @@ TEST(Options, ImpossibleOnesAreNamed) {
   says(refused([](auto& o) { o.hidden = 18; }), "hidden is 18, expected a multiple of 2 · heads = 4");
   says(refused([](auto& o) { o.context = -1; }), "context is -1");
   says(refused([](auto& o) { o.alpha = 1.5; }), "alpha is 1.5");
-  says(refused([](auto& o) { o.moe.top_k = 5; }), "top_k is 5, expected 1 to the number of experts, 4");
+  says(refused([](auto& o) { o.moe.top_k = 5; }), "top_k is 5, expected 1 to 4 (num_experts)");
   says(refused([](auto& o) { o.moe.num_experts = 0; }), "experts is 0");
   says(refused([](auto& o) { o.hidden = int64_t{1} << 40; }), "hidden is 1099511627776");
   says(refused([](auto& o) { o.moe.balance_coefficient = -1; }), "balance_coefficient is -1");

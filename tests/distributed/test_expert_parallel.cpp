@@ -202,6 +202,20 @@ TEST(Chunks, ChangeNoBitOfAnyKindOfExperts) {
   });
 }
 
+TEST(Chunks, NoticeABankThatChangedBeforeTheBackward) {
+  on_ranks(1, [](World& world) {
+    FeedForwardBank bank(FeedForwardOptions{kHidden, 10, Activation::relu}, 4);
+    ExpertParallel experts(bank.ptr(), world.all(), expert_bounds(4, 1), 2);
+    const auto x = at::ones({3, kHidden}).requires_grad_();
+    const auto y = experts->forward(x, at::ones({3, 1}), plan(ids({{0}, {1}, {3}}), 4));
+    {
+      const at::NoGradGuard no_grad;
+      bank->up.mul_(2);
+    }
+    EXPECT_SAYS(y.sum().backward(), "modified by an inplace operation");
+  });
+}
+
 TEST(ChunkTrial, KeepsWhatTheSlowestRankIsFastestWith) {
   on_ranks(2, [](World& world) {
     const MoEOptions options{.hidden = kHidden, .ffn = 10, .num_experts = 4};

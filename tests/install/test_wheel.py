@@ -1,4 +1,8 @@
-"""`pip install --no-build-isolation .`: one wheel for every Python 3 that runs in a clean directory."""
+"""`pip install --no-build-isolation .`: one wheel for every Python 3 that runs in a clean directory.
+
+The wheel is built as a user's pip does it, in a folder of its own. A file that `make build` has compiled by the very same
+command is not compiled once more: reuse.py hands its object over.
+"""
 
 import os
 import pathlib
@@ -9,6 +13,7 @@ import zipfile
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build"
 
 EXAMPLE = """
 import torch, turnout
@@ -21,16 +26,24 @@ print(turnout.__file__, tuple(y.shape), x.grad.isfinite().all().item())
 """
 
 
-def run(*command, **options):
+def run(*command, environment=(), **options):
     tools = pathlib.Path(sys.executable).parent
-    environment = {"PATH": f"{tools}:{os.environ['PATH']}", "HOME": os.environ.get("HOME", "/")}
+    environment = {"PATH": f"{tools}:{os.environ['PATH']}", "HOME": os.environ.get("HOME", "/"), **dict(environment)}
     return subprocess.run([str(word) for word in command], env=environment, text=True, capture_output=True, **options)
+
+
+def reusing():
+    """The launcher that takes objects of `make build` over, which is brought up to date first."""
+    if run("cmake", "--build", BUILD, "--target", "turnout").returncode != 0:
+        return {}
+    return {"CMAKE_CXX_COMPILER_LAUNCHER": f"{sys.executable};{pathlib.Path(__file__).with_name('reuse.py')};{BUILD}"}
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    result = run(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", folder, ROOT)
+    result = run(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", folder,
+                 "-C", f"build-dir={folder / 'build'}", ROOT, environment=reusing())
     assert result.returncode == 0, result.stdout + result.stderr
     return next(folder.glob("turnout-*.whl"))
 

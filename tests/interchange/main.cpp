@@ -36,6 +36,7 @@ MoEOptions moe_options(const Words& words) {
   options.shared.gated = number(words, "shared_gated") != 0;
   options.router = router_preset(words.at("router"));
   options.selection_bias = number(words, "selection_bias") != 0;
+  if (words.count("selection")) options.selection = parse_selection(words.at("selection"));
   options.capacity.fixed = number(words, "capacity");
   options.z_coefficient = 1e-3;
   return options;

@@ -5,6 +5,7 @@ import re
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LONGEST_FILE = 600
+WIDEST_LINE = 120
 
 # Each level and the levels that it may include. The program and the tests see every public header.
 MAY_INCLUDE = {
@@ -168,6 +169,14 @@ def test_no_file_is_too_long():
     long = {str(path.relative_to(ROOT)): count for path in files
             if (count := len(path.read_text().splitlines())) > LONGEST_FILE}
     assert not long, f"files of more than {LONGEST_FILE} lines: {long}"
+
+
+def test_lines_of_what_users_read_fit():
+    """Public headers and the Python package."""
+    files = [*(ROOT / "include").rglob("*.h"), *(ROOT / "python").rglob("*.py")]
+    wide = [f"{path.relative_to(ROOT)}:{number}" for path in files
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if len(line) > WIDEST_LINE]
+    assert not wide, f"lines of more than {WIDEST_LINE} characters: {wide}"
 
 
 def test_each_source_says_its_idea_first():

@@ -123,6 +123,7 @@ def test_balance_loss(count, group_size, mask) -> None:
 @pytest.mark.parametrize("mask", MASKS)
 def test_z_loss(mask) -> None:
     assert gradcheck(lambda logits: turnout.z_loss(logits, token_mask=MASKS[mask]), [leaf(4, 3)])
+    assert gradcheck(lambda logits: turnout.z_sums(logits, token_mask=MASKS[mask]), [leaf(4, 3)])
 
 
 def test_jitter() -> None:

@@ -2,14 +2,12 @@
 
 import json
 import math
-import os
-import subprocess
 
 import mixture_of_experts.mixture_of_experts as oracle
 import pytest
 import torch
 
-from test_cli import PROGRAM, TINY, refuses, text, turnout  # noqa: F401  (a fixture)
+from program import TINY, on_terminal, refuses, turnout
 
 
 def inspect(*arguments):
@@ -101,6 +99,12 @@ def test_capacity_sweep_agrees_with_the_package():
         assert entry["tokens_without_expert"] == (dispatch.sum((2, 3)) == 0).sum().item()
 
 
+def test_the_sweep_says_where_the_minimum_counts():
+    line = "Up to a factor of 1.5 the minimum of 4 places counts (--minimum-capacity)."
+    assert line in inspect("--view", "capacity")  # 8 tokens, 4 experts: a factor of 2 gives 4 places itself
+    assert "minimum of" not in inspect("--view", "capacity", "--minimum-capacity", 0)
+
+
 def test_collapse_goes_from_1_to_the_number_of_experts():
     for experts in 4, 8:
         steps = numbers("--experts", experts, "--sequence", 64)["collapse"]
@@ -182,7 +186,15 @@ def test_other_routers_and_orders():
     ("--step 16", "--step is 16, expected a token from 0 to 15"),
     ("--seed -1", "--seed"),
     ("--checkpoint no/such/folder", "no/such/folder"),
-    ("--checkpoint no/such/folder --step 1", "--step"),
+    ("--checkpoint no/such/folder --batch 1", "--batch is an option of the drawn example"),
+    ("--checkpoint no/such/folder --view tokens", "--view is an option of the drawn example"),
+    ("--router mixtral --policy all", "--policy belongs to --router gshard, but --router is 'mixtral'"),
+    ("--router mixtral --hierarchical", "--hierarchical belongs to --router gshard"),
+    ("--router mixtral --view policies", "--view policies belongs to --router gshard"),
+    ("--router deepseek_v3 --experts 8 --top-k 3", "--router deepseek_v3 does not fit --experts 8 --top-k 3: "),
+    ("--step -1", "--step is -1, expected a token from 0 to 15"),
+    ("--seed 18446744073709551616", "--seed: is 18446744073709551616, expected 0 to 18446744073709551615"),
+    ("--html .", ".: cannot be replaced by a file: is a folder"),
     ("--text README.md", "--text requires --checkpoint"),
     ("--html no/such/folder/page.html", "no/such/folder/page.html"),
 ])
@@ -192,24 +204,8 @@ def test_bad_input_is_one_line_and_status_2(arguments, words, tmp_path):
 
 
 def test_a_terminal_gets_colour_unless_no_color_is_set():
-    import pty
-
-    def shown(**environment):
-        parent, child = pty.openpty()
-        process = subprocess.Popen([PROGRAM, "inspect"], stdout=child, env={**os.environ, **environment})
-        os.close(child)
-        output = b""
-        try:
-            while chunk := os.read(parent, 4096):
-                output += chunk
-        except OSError:  # the terminal is gone: the program ended
-            pass
-        os.close(parent)
-        assert process.wait() == 0
-        return output
-
-    assert b"\033[1m" in shown(NO_COLOR="")
-    assert b"\033" not in shown(NO_COLOR="1")
+    assert b"\033[1m" in on_terminal(["inspect"], "stdout", NO_COLOR="")
+    assert b"\033" not in on_terminal(["inspect"], "stdout", NO_COLOR="1")
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +239,39 @@ def test_a_trained_layer_on_its_text(checkpoint):
     assert max(len(line) for line in output.splitlines() if str(folder.parent) not in line) <= 80
 
 
+def test_steps_through_a_trained_layer_are_those_of_its_trace(checkpoint, tmp_path):
+    """What the trace says of a forward through the whole model, the steps say token by token."""
+    folder, _ = checkpoint
+    (tmp_path / "text").write_text("pts")  # one window of three bytes: 2 places for 6 choices of 4 experts
+    layers = [numbers("--checkpoint", folder, "--layer", 1, "--text", tmp_path / "text", "--step", t)["layer"]
+              for t in range(3)]
+    trace, steps = layers[0]["trace"], [layer["step"] for layer in layers]
+    assert trace["tokens"] == 3 and all(layer["trace"] == trace for layer in layers)
+    logits = torch.tensor([step["logits"] for step in steps])
+    assert trace["logit_rms"] == pytest.approx(logits.square().mean().sqrt().item(), rel=1e-5)
+    assert trace["logit_max"] == pytest.approx(logits.abs().max().item(), rel=1e-5)
+    best = logits.topk(2).indices.tolist()
+    assert [[choice["expert"] for choice in step["choices"]] for step in steps] == best
+    kept = [choice["expert"] for step in steps for choice in step["choices"] if choice["fate"] == "kept"]
+    assert [kept.count(e) for e in range(4)] == trace["rows"] and 6 - len(kept) == trace["dropped"]
+    for step, byte in zip(steps, "pts"):
+        assert step["text"]["at"] == byte and step["capacity"] == 2
+        scores = torch.tensor(step["logits"]).softmax(0)
+        weights = scores.topk(2).values / scores.topk(2).values.sum()
+        y = torch.zeros(4)
+        for choice, weight in zip(step["choices"], weights.tolist()):
+            assert choice["weight"] == pytest.approx(weight, rel=1e-5)
+            if choice["fate"] == "kept":
+                assert choice["slot"] == 2 * choice["expert"] + choice["place"]
+                y += weight * torch.tensor(choice["output"])
+        assert step["output"] == pytest.approx(y.tolist(), rel=1e-4, abs=1e-6)
+    output = inspect("--checkpoint", folder, "--layer", 1, "--text", tmp_path / "text", "--step", 1)
+    assert "TOKEN 1: SEQUENCE 0, POSITION 1" in output and "  text    p[t]s" in output
+    assert "weights: the probabilities, divided by their sum" in output and "WHAT EACH" not in output
+    assert "--step is 3, expected a token from 0 to 2" in refuses("inspect", "--checkpoint", folder, "--layer", 1, "--text",
+                                                                  tmp_path / "text", "--step", 3)
+
+
 def test_a_trained_layer_on_random_rows(checkpoint):
     folder, _ = checkpoint
     trace = numbers("--checkpoint", folder, "--layer", 1, "--tokens", 100)["layer"]["trace"]
@@ -263,21 +292,29 @@ def test_layers_and_folders_that_do_not_fit_are_refused(checkpoint, tmp_path):
     assert str(tmp_path / "config.json") in refuses("inspect", "--checkpoint", tmp_path)
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen2Moe", "Qwen3Moe"])
 def test_a_layer_of_a_published_model_on_random_rows(family, tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "num_hidden_layers": 2,
              "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, "num_experts_per_tok": 2,
-             "num_local_experts": 6, "num_experts": 6, "mlp_only_layers": [0] if family == "Qwen3Moe" else None}
+             "num_local_experts": 6, "num_experts": 6, "shared_expert_intermediate_size": 20,
+             "mlp_only_layers": [0] if family == "Qwen3Moe" else None}
     config = getattr(transformers, f"{family}Config")(**{k: v for k, v in sizes.items() if v is not None})
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     model.save_pretrained(tmp_path)
-    [gate] = [p for name, p in model.named_parameters() if "layers.1." in name and name.endswith("gate.weight")]
-    layer = numbers("--checkpoint", tmp_path, "--layer", 1, "--tokens", 200)["layer"]
+    [gate] = [p for name, p in model.named_parameters() if "layers.1." in name and name.endswith(".gate.weight")]
+    layer = numbers("--checkpoint", tmp_path, "--layer", 1, "--tokens", 200, "--step", 7)["layer"]
     torch.manual_seed(0)
-    logits = torch.randn(200, 32) @ gate.detach().T
+    x = torch.randn(200, 32)
+    logits = x @ gate.detach().T
     assert layer["trace"]["rows"] == logits.topk(2).indices.flatten().bincount(minlength=6).tolist()
     assert layer["trace"]["logit_rms"] == pytest.approx(logits.square().mean().sqrt().item(), rel=1e-4)
+    with torch.no_grad():
+        y = model.model.layers[1].mlp(x[None])
+    step = layer["step"]
+    assert step["output"] == pytest.approx((y[0] if isinstance(y, tuple) else y)[0, 7, :4].tolist(), rel=1e-4, abs=1e-6)
+    assert step["logits"] == pytest.approx(logits[7].tolist(), rel=1e-4, abs=1e-5)
+    assert ("shared" in step) == (family == "Qwen2Moe")
     assert "takers" not in layer
     if family == "Qwen3Moe":
         assert "--layer is 0, expected one of those with experts" in refuses("inspect", "--checkpoint", tmp_path)

@@ -16,6 +16,8 @@ MOE = {
     "shared": {"activation": "swiglu", "bias": False, "shared_ffn": 7, "shared_gated": True, "top_k": 1,
                "router": "switch"},
     "selection bias": {"activation": "silu", "bias": False, "num_experts": 16, "router": "deepseek_v3", "selection_bias": True},
+    "experts that pick": {"activation": "gelu", "bias": True, "selection": "expert_choice", "capacity": 5},
+    "Sinkhorn": {"activation": "gelu", "bias": False, "selection": "sinkhorn"},
     "shared without a gate, capacity": {"activation": "relu", "bias": True, "shared_ffn": 3, "capacity": 2,
                                         "router": "gpt_oss"},
 }  # fmt: skip
@@ -56,6 +58,8 @@ def agree(layer, folder, kind, options, x) -> None:
 def test_moe(case, tmp_path) -> None:
     options = {"hidden": 6, "ffn": 5, "num_experts": 4, "top_k": 2, "router": "mixtral", **MOE[case]}
     python = dict(options)
+    if "selection" in python:
+        del python["router"]
     capacity = turnout.CapacityOptions(fixed=python.pop("capacity", 0))
     layer = turnout.MoE(**python, capacity=capacity, z_coefficient=1e-3)
     if layer.selection_bias is not None:

@@ -127,6 +127,32 @@ def test_loss_of_all_ranks_does_not_depend_on_their_number(sizes) -> None:
         turnout.balance_loss(*parts[0], group_size=10, sum_over_ranks=reduce)
 
 
+@pytest.mark.parametrize("sizes", [[20, 20], [8, 24, 8]])
+def test_z_loss_of_all_ranks(sizes) -> None:
+    logits = torch.randn(TOKENS, EXPERTS, dtype=torch.float64, requires_grad=True)
+    mask = torch.arange(TOKENS) % 5 > 0
+    parts = list(zip(logits.split(sizes), mask.split(sizes), strict=True))
+    total = sum(turnout.z_sums(part, token_mask=kept).detach() for part, kept in parts)
+    losses = [turnout.z_loss(part, token_mask=kept, sum_over_ranks=lambda _: total) for part, kept in parts]
+    whole = turnout.z_loss(logits, token_mask=mask)
+    for loss in losses:
+        assert_close(loss, whole, terms=TOKENS)
+    [mean] = torch.autograd.grad(sum(losses) / len(sizes), logits)
+    [expected] = torch.autograd.grad(whole, logits)
+    assert_close(mean, expected, terms=TOKENS)
+    steps = [turnout.z_sums(part, token_mask=kept) for part, kept in parts]
+    assert_close(turnout.z_loss_of_sums(sum(steps)), whole, terms=TOKENS)  # accumulation pools
+
+
+@pytest.mark.parametrize("loss", ["balance_loss", "z_loss"])
+def test_a_sum_over_ranks_that_returns_nothing_is_named(loss) -> None:
+    """As torch.distributed.all_reduce, which works in place, does."""
+    logits = torch.randn(4, 3)
+    arguments = (logits,) if loss == "z_loss" else (logits.softmax(-1), logits.argsort()[:, :2])
+    with pytest.raises(TypeError, match=f"turnout.{loss}: sum_over_ranks returned a NoneType, expected the sum"):
+        getattr(turnout, loss)(*arguments, sum_over_ranks=lambda own: None)
+
+
 def test_accumulation_steps_pool() -> None:
     routing = route(torch.randn(TOKENS, EXPERTS, dtype=torch.float64))
     halves = [turnout.balance_sums(routing.scores[i : i + 20], routing.topk_ids[i : i + 20]) for i in (0, 20)]

@@ -226,6 +226,11 @@ def test_hierarchical_without_tokens_and_with_modules() -> None:
     assert turnout.HierarchicalMoE(HIDDEN).experts.ffn == 4 * HIDDEN
 
 
+class Half(nn.Linear):
+    def forward(self, x):
+        return super().forward(x)[:2]
+
+
 X = torch.randn(4, HIDDEN)
 ERRORS = [
     (lambda: turnout.MoE(0, 4, 4), ValueError, "turnout.MoE: hidden is 0, expected at least 1"),
@@ -235,7 +240,19 @@ ERRORS = [
     (lambda: turnout.MoE(8, 4, 4, router="raw"), ValueError, "router preset is 'raw', expected one of mixtral"),
     (lambda: turnout.MoE(8, 4, 4, router={"weights": "raw"}), ValueError, "router weights is 'raw', expected one of normalized"),
     (lambda: turnout.MoE(8, 4, 4, router={"groups": 3}), ValueError, "groups is 3, expected a divisor of 4 experts"),
-    (lambda: turnout.MoE(8, 4, 4, router={"weight": "raw"}), TypeError, "unexpected keyword argument 'weight'"),
+    (lambda: turnout.MoE(8, 4, 4, router={"weight": "raw"}), TypeError, "router holds 'weight', expected switches of route.*: score, weights"),
+    (lambda: turnout.MoE(8, 4, 4, router=3), TypeError, "MoE: router is 3, expected switches of route"),
+    (lambda: turnout.MoE(8, 4, 4, capacity=1.25), TypeError, "MoE: capacity is 1.25, expected a turnout.CapacityOptions"),
+    (lambda: turnout.MoE(8, 4, 4, gate=3), TypeError, "MoE: gate is a int, expected a torch.nn.Module"),
+    (lambda: turnout.MoE(8, 4, 4, experts=3), TypeError, "experts is a int, expected a list of modules"),
+    (lambda: turnout.MoE(8, 4, 4, experts=nn.Linear(8, 8)), TypeError, "experts is a Linear without num_experts, expected a list"),
+    (lambda: turnout.MoE(6, 4, 4, gate=Half(6, 4))(X), ValueError, r"gate's output has shape \[2, 4\], expected \[4, 4\] \(tokens"),
+    (lambda: turnout.MoE(6, 4, 4)(X, [True]), TypeError, "MoE: token_mask is a list, expected a tensor"),
+    (lambda: turnout.MoE(8, 4, 4, selection="best"), ValueError, "selection is 'best', expected one of topk, expert_choice"),
+    (lambda: turnout.MoE(8, 4, 4, selection="sinkhorn", router="mixtral"), ValueError, "router is 'mixtral', expected None: selection='sinkhorn'"),
+    (lambda: turnout.MoE(8, 4, 4, selection="hash", selection_bias=True), ValueError, "selection_bias is set, but selection is 'hash'"),
+    (lambda: turnout.MoE(6, 4, 4, selection="hash")(X), ValueError, "token_ids is None, expected the words that selection='hash'"),
+    (lambda: turnout.MoE(6, 4, 4, selection="hash")(X, token_ids=X[0].long()), ValueError, r"token_ids has shape \[6\], expected \[4\]"),
     (lambda: turnout.MoE(8, 4, 4, load_count="x"), ValueError, "load_count is 'x', expected one of per_assignment"),
     (lambda: turnout.MoE(8, 4, 4, z_coefficient=-1.0), ValueError, "z_coefficient is -1.0, expected a finite number"),
     (lambda: turnout.MoE(8, 4, 4, jitter=1.0), ValueError, "jitter: amount is 1, expected 0 to below 1"),
@@ -257,6 +274,10 @@ ERRORS = [
     (lambda: turnout.HierarchicalMoE(8, num_experts=(4, 1)), ValueError, "num_experts is 1, expected at least 2"),
     (lambda: turnout.HierarchicalMoE(8, num_experts=(0, 2)), ValueError, "num_experts of a level is 0, expected"),
     (lambda: turnout.HierarchicalMoE(8, gating={"policy_eval": "some"}), ValueError, "policy_eval is 'some', expected one of all"),
+    (lambda: turnout.HierarchicalMoE(8, gating="all"), TypeError, "gating is 'all', expected keyword arguments of Top2Gating"),
+    (lambda: turnout.HierarchicalMoE(8, gating={"policy": "all"}), TypeError, "gating holds 'policy', expected arguments of Top2Gating"),
+    (lambda: turnout.HierarchicalMoE(6)(X[None].double()), TypeError, "x is torch.float64, expected torch.float32 as the weights are"),
+    (lambda: turnout.nn.Top2Gating(6, 4, outer=2)(X[None, None]), ValueError, r"x has shape \[1, 1, 4, 6\], expected 2 \(outer\)"),
     (lambda: turnout.HierarchicalMoE(8)(X), ValueError, r"x has shape \[4, 6\], expected \[groups, tokens, hidden\]"),
     (lambda: turnout.add_shared(X, X[:2]), ValueError, "add_shared: shared has shape"),
     (lambda: turnout.add_shared(X, X, X), ValueError, "add_shared: gate_logits has shape"),

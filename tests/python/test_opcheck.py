@@ -62,6 +62,8 @@ CASES = {
     "balance_sums": lambda: (leaf(4, 3), IDS, "first_choice", 2, MASK),
     "balance_loss_of_sums": lambda: (torch.rand(2, 8, requires_grad=True), torch.rand(2, 8)),
     "z_loss": lambda: (leaf(4, 3), MASK),
+    "z_sums": lambda: (leaf(4, 3), MASK),
+    "z_loss_of_sums": lambda: (torch.rand(3, requires_grad=True), torch.rand(3)),
     "expert_importance": lambda: (IDS, leaf(4, 2), 3),
     "cv_squared": lambda: (leaf(5),),
     "expert_counts": lambda: (IDS, 3),

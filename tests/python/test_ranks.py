@@ -2,76 +2,20 @@
 
 import contextlib
 import json
-import os
-import pathlib
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from program import PROGRAM, ROOT, TINY, TOKENS_A_STEP, finish, start_ranks, train, turnout, wait_for_checkpoint
+
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from two_hosts import ADDRESS, Unavailable, two_hosts  # noqa: E402
 
-PROGRAM = pathlib.Path(os.environ.get("TURNOUT_PROGRAM", ROOT / "build" / "bin" / "turnout"))
-TINY = ("--layers 2 --hidden 16 --heads 2 --context 16 --experts 4 --expert-ffn 12 --batch 4 --warmup 2 "
-        "--eval-bytes 256 --threads 1").split()
-TOKENS_A_STEP = 64
-
-
-@pytest.fixture
-def text(tmp_path):
-    folder = tmp_path / "text"
-    folder.mkdir()
-    for n in range(30):
-        (folder / f"page{n}.txt").write_text(f"page {n}: " + "the points are set for the other line. " * 20)
-    return folder
-
-
-def free_port():
-    with socket.socket() as end:
-        end.bind(("127.0.0.1", 0))
-        return end.getsockname()[1]
-
-
-def start(arguments, size=2, host="127.0.0.1", prefixes=None, timeout=10):
-    """One process a rank, as any launcher starts them. @param arguments: of all, or a list for each rank"""
-    port = free_port()
-    ranks = []
-    for rank in range(size):
-        own = arguments[rank] if isinstance(arguments[0], (list, tuple)) else arguments
-        environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": host,
-                       "MASTER_PORT": str(port), "TURNOUT_TIMEOUT": str(timeout)}
-        prefix = prefixes[rank] if prefixes else []
-        ranks.append(subprocess.Popen([*prefix, PROGRAM, *map(str, own)], env=environment, stdout=subprocess.PIPE,
-                                      stderr=subprocess.PIPE, text=True))
-    return ranks
-
-
-def finish(ranks, timeout=120):
-    """(status, stdout, stderr) of each."""
-    try:
-        texts = [rank.communicate(timeout=timeout) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return [(rank.returncode, *both) for rank, both in zip(ranks, texts)]
-
-
-def train(text, out, steps, *more):
-    return ["train", *TINY, "--text", text, "--tokens", TOKENS_A_STEP * steps, "--output", out, *more]
-
-
-def wait_for_checkpoint(out, ranks):
-    deadline = time.monotonic() + 60
-    while not list(out.glob("checkpoint-*/model.safetensors.index.json")):
-        running = all(rank.poll() is None for rank in ranks)
-        assert running and time.monotonic() < deadline, finish(ranks)
-        time.sleep(0.02)
+SHARDS = "checkpoint-*/model.safetensors.index.json"
 
 
 def held_out(stdout):
@@ -79,7 +23,7 @@ def held_out(stdout):
 
 
 def alone(arguments):
-    done = subprocess.run([PROGRAM, *map(str, arguments)], capture_output=True, text=True, errors="replace", timeout=120)
+    done = turnout(*arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -104,7 +48,7 @@ def test_torchrun_compares_on_two_ranks_and_prints_once(tmp_path, text):
 
 def test_ranks_that_were_told_different_things_say_which(tmp_path, text):
     both = [train(text, tmp_path / "out", 5), [*train(text, tmp_path / "out", 5), "--lr", 0.5]]
-    endings = finish(start(both))
+    endings = finish(start_ranks(both))
     for rank, (status, _, stderr) in enumerate(endings):
         assert status == 1, stderr
         assert "the ranks differ in the options of training" in stderr
@@ -114,8 +58,8 @@ def test_ranks_that_were_told_different_things_say_which(tmp_path, text):
 
 def test_a_killed_rank_is_named_and_the_run_resumes_on_any_number(tmp_path, text):
     out, steps = tmp_path / "out", 400
-    ranks = start([*train(text, out, steps), "--checkpoint-every", 5], size=4)
-    wait_for_checkpoint(out, ranks)
+    ranks = start_ranks([*train(text, out, steps), "--checkpoint-every", 5], size=4)
+    wait_for_checkpoint(out, ranks, SHARDS)
     ranks[1].send_signal(signal.SIGKILL)
     endings = finish(ranks)
     for rank in (0, 2, 3):
@@ -131,8 +75,8 @@ def test_a_killed_rank_is_named_and_the_run_resumes_on_any_number(tmp_path, text
 
 def test_ctrl_c_stops_all_ranks_at_the_same_step(tmp_path, text):
     out = tmp_path / "out"
-    ranks = start([*train(text, out, 20000), "--checkpoint-every", 5])
-    wait_for_checkpoint(out, ranks)
+    ranks = start_ranks([*train(text, out, 20000), "--checkpoint-every", 5])
+    wait_for_checkpoint(out, ranks, SHARDS)
     ranks[1].send_signal(signal.SIGINT)  # one of them is enough
     endings = finish(ranks)
     assert [status for status, _, _ in endings] == [130, 130], endings
@@ -154,7 +98,7 @@ def hosts():
 
 def test_two_hosts_train_as_one(tmp_path, text, hosts):
     arguments = train(text, tmp_path / "two", 30, "--chunks", 2)
-    endings = finish(start(arguments, host=ADDRESS, prefixes=hosts))
+    endings = finish(start_ranks(arguments, host=ADDRESS, prefixes=hosts))
     assert [status for status, _, _ in endings] == [0, 0], endings
     assert "2 ranks, experts on 2 of them, 1 times" in endings[0][1] and endings[1][1] == ""
     one = alone(train(text, tmp_path / "one", 30))
@@ -163,8 +107,8 @@ def test_two_hosts_train_as_one(tmp_path, text, hosts):
 
 def test_a_host_that_is_cut_off_is_named(tmp_path, text, hosts):
     out = tmp_path / "out"
-    ranks = start([*train(text, out, 20000), "--checkpoint-every", 5], host=ADDRESS, prefixes=hosts, timeout=6)
-    wait_for_checkpoint(out, ranks)
+    ranks = start_ranks([*train(text, out, 20000), "--checkpoint-every", 5], host=ADDRESS, prefixes=hosts, timeout=6)
+    wait_for_checkpoint(out, ranks, SHARDS)
     subprocess.run(["ip", "-n", hosts[0][-1], "link", "set", "t0", "down"], check=True)
     cut = time.monotonic()
     endings = finish(ranks)

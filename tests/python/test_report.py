@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from browser import open_browser
-from test_cli import ROOT, TINY, refuses, turnout
+from program import ROOT, TINY, refuses, turnout
 
 CHARTS = "document.querySelectorAll('.chart')"
 
@@ -125,6 +125,20 @@ def test_its_data_are_those_of_the_files_beside_it(page, comparison):
     # Markup of the text arrives as text.
     assert page.evaluate("document.querySelectorAll('main b').length") == 0
     assert page.evaluate("document.querySelector('#takers').textContent.includes('points')")
+
+
+def test_colours_of_the_loads_end_where_nearly_all_cells_lie(page, comparison):
+    show(page, comparison / "report.html")
+    maps = page.evaluate(f"[...{CHARTS}].flatMap(c => c.data).filter(t => t.type === 'heatmap')"
+                         ".map(t => ({z: t.z, end: t.zmax, marks: t.colorbar.ticktext}))")
+    lines = [json.loads(line) for line in (comparison / "telemetry.jsonl").read_text().splitlines()]
+    loads = [line["load"] for line in lines if line["kind"] == "layer"]
+    cells = sorted(rows * len(load) / sum(load) for load in loads for rows in load)
+    assert sorted(cell for entry in maps for row in entry["z"] for cell in row) == pytest.approx(cells)
+    [end] = {entry["end"] for entry in maps}
+    assert end >= 2 and sum(cell <= end for cell in cells) >= 0.98 * len(cells)
+    assert end == 2 or sum(cell <= end - 0.5 for cell in cells) < 0.99 * len(cells)
+    assert {entry["marks"][-1] for entry in maps} == {f"≥ {end:g}" if cells[-1] > end else f"{end:g}"}
 
 
 def test_it_fits_paper_and_narrow_screens(page, comparison):

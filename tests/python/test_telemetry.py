@@ -4,7 +4,7 @@ import json
 import pathlib
 import re
 
-from test_cli import ROOT, TINY, refuses, text, turnout  # noqa: F401  (a fixture)
+from program import ROOT, TINY, refuses, turnout
 
 PAGE = (ROOT / "docs" / "telemetry.md").read_text()
 
@@ -21,7 +21,7 @@ def documented(kind):
     return {"kind"} | {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
 
 
-def test_compare_writes_the_documented_lines(tmp_path, text):  # noqa: F811
+def test_compare_writes_the_documented_lines(tmp_path, text):
     out = tmp_path / "out"
     done = turnout("compare", *TINY, "--text", text, "--tokens", 64 * 20, "--capacity", 0.7, "--output", out)
     assert done.returncode == 0, done.stderr
@@ -42,7 +42,7 @@ def test_compare_writes_the_documented_lines(tmp_path, text):  # noqa: F811
     assert all(line["z_loss"] is None and line["balance_loss"] > 0 for line in lines_of(file, kind="layer"))
 
 
-def test_a_resumed_run_keeps_its_lines(tmp_path, text):  # noqa: F811
+def test_a_resumed_run_keeps_its_lines(tmp_path, text):
     out = tmp_path / "out"
     run = ["train", *TINY, "--text", text, "--tokens", 64 * 20, "--output", out]
     assert turnout(*run).returncode == 0

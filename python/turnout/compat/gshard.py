@@ -92,7 +92,8 @@ class Top2Gating(nn.Module):
     second_policy_*: what becomes of the second expert: all, none, threshold or random, in training and evaluation
     capacity_factor_*: places = max(4, min(n, floor(n · factor / num_gates))) of an expert in a group
 
-    Raises ValueError or TypeError for sizes below 1, fewer than 2 gates, unknown policies, factors that are not above 0.
+    Raises ValueError or TypeError for sizes below 1, fewer than 2 gates, unknown policies, factors that are not above
+    0.
     """
 
     def __init__(
@@ -134,6 +135,7 @@ class Top2Gating(nn.Module):
         """What forward() says, as ids and weights. uniform: [..., b, n] numbers for the policy `random`, by default
         drawn from torch's generator."""
         check.shaped("turnout.compat.Top2Gating", "x", x, "[..., b, n, dim]", self.w_gating.shape[-2])
+        check.typed_as("turnout.compat.Top2Gating", "x", x, self.w_gating)
         when = "train" if self.training else "eval"
         logits = torch.einsum("...bnd,...de->...bne", x, self.w_gating)
         return gate_top2(
@@ -210,6 +212,8 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         check.non_negative_number("turnout.compat.MoE", loss_coef=loss_coef)
+        if experts is not None:
+            check.module("turnout.compat.MoE", experts=experts)
         self.num_experts = num_experts
         self.gate = Top2Gating(
             dim,
@@ -265,6 +269,8 @@ class HeirarchicalMoE(nn.Module):
         super().__init__()
         name = "turnout.compat.HeirarchicalMoE"
         check.non_negative_number(name, loss_coef=loss_coef)
+        if experts is not None:
+            check.module(name, experts=experts)
         if not isinstance(num_experts, (tuple, list)) or len(num_experts) != 2:
             raise ValueError(f"{name}: num_experts is {num_experts!r}, expected a pair (outer, inner)")
         self.num_experts_outer, self.num_experts_inner = num_experts

@@ -60,7 +60,8 @@ class SimpleMoELayer(nn.Module):
         tokens = x.reshape(-1, self.embedding_dim)
         routing = ops.route(self.gating_network(tokens), self.top_k)
         if self.alpha > 0:
-            self.load_balancing_loss = self.alpha * losses.balance_loss(routing.scores, routing.topk_ids, self.load_count)
+            balance = losses.balance_loss(routing.scores, routing.topk_ids, self.load_count)
+            self.load_balancing_loss = self.alpha * balance
         else:
             self.load_balancing_loss = routing.scores.new_zeros(())
         plan = ops.plan(routing.topk_ids, self.num_experts)

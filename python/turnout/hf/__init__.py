@@ -5,8 +5,8 @@ Importing this module registers the experts implementation "turnout" with transf
     model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="turnout")
     model.set_experts_implementation("turnout")
 
-run the experts of a model by turnout.fused_experts: forward, backward and generate; save_pretrained writes what it wrote
-before. The router, shared experts and all else stay those of the model.
+run the experts of a model by turnout.fused_experts: forward, backward and generate; save_pretrained writes what it
+wrote before. The router, shared experts and all else stay those of the model.
 
 patch(model) does the same for any supported model, and for the families whose experts do not go through that interface
 (Switch Transformers); prepack(model) packs the experts for inference. docs/huggingface.md has examples and times.

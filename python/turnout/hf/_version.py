@@ -16,7 +16,8 @@ def check_transformers() -> None:
         raise ImportError(f"turnout.hf: transformers is not installed, expected {OLDEST} or newer. {how}") from missing
     if _release(installed) < _release(OLDEST):
         raise ImportError(
-            f"turnout.hf: transformers is {installed}, which takes no experts of others; expected {OLDEST} or newer. {how}"
+            f"turnout.hf: transformers is {installed}, which takes no experts of others; expected {OLDEST} or newer. "
+            f"{how}"
         )
     try:
         import_module("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS  # noqa: B018  (asked whether it is there)

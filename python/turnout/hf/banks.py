@@ -57,7 +57,8 @@ def experts_forward(
     """What transformers calls as the forward of an experts module.
 
     hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, top_k] → [tokens, hidden]
-    Raises TypeError or ValueError for experts that Turnout does not compute, RuntimeError for training from packed ones.
+    Raises TypeError or ValueError for experts that Turnout does not compute, RuntimeError for training from packed
+    ones.
     """
     # Under expert parallelism the experts of other ranks have ids from num_experts on.
     if getattr(module, "_is_expert_parallel", True):

@@ -29,7 +29,8 @@ class TurnoutSwitchExperts(SwitchTransformersExperts):
         if bank is None:
             experts = list(self.values())
             topk_weights = routing_weights.to(experts[0].wo.weight.dtype)
-            return run_experts(experts, hidden_states, topk_weights, plan(topk_ids, len(experts))).to(hidden_states.dtype)
+            y = run_experts(experts, hidden_states, topk_weights, plan(topk_ids, len(experts)))
+            return y.to(hidden_states.dtype)
         return run(bank, hidden_states, topk_ids, routing_weights)
 
 

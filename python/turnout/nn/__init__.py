@@ -1,6 +1,7 @@
 """Modules over the ops: the MoE layers, their parts, and experts that are modules.
 
-Names, shapes and initial values of parameters are those of the C++ modules, so a state_dict moves between both languages.
+Names, shapes and initial values of parameters are those of the C++ modules, so a state_dict moves between both
+languages.
 """
 
 from .feed_forward import FeedForward, FeedForwardBank, ModuleExperts

@@ -121,11 +121,16 @@ class ModuleExperts(nn.ModuleList):
     """
 
     def __init__(self, experts: Iterable[nn.Module]) -> None:
+        if not isinstance(experts, Iterable):
+            raise TypeError(
+                f"turnout.nn.ModuleExperts: experts is a {type(experts).__name__}, expected a list of modules"
+            )
         modules = list(experts)
         for index, module in enumerate(modules):
             if not isinstance(module, nn.Module):
                 raise TypeError(
-                    f"turnout.nn.ModuleExperts: experts[{index}] is a {type(module).__name__}, expected a torch.nn.Module"
+                    f"turnout.nn.ModuleExperts: experts[{index}] is a {type(module).__name__}, expected a "
+                    "torch.nn.Module"
                 )
         if not modules:
             raise ValueError("turnout.nn.ModuleExperts: experts is empty, expected at least one module")

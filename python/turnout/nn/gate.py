@@ -8,7 +8,8 @@ from .. import ops
 
 
 class Gate(nn.Linear):
-    """A linear map from hidden to num_experts, computed by gate_logits(): parameters, hooks and drawing are nn.Linear's."""
+    """A linear map from hidden to num_experts, computed by gate_logits(); parameters, hooks and drawing are those of
+    nn.Linear."""
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., hidden] to logits [..., num_experts]"""

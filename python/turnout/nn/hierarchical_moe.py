@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,8 @@ from .moe import as_experts
 from .top2_gating import GatedChoices, Top2Gating
 
 _NAME = "turnout.HierarchicalMoE"
+_GATING = ("epsilon", "policy_train", "policy_eval", "threshold_train", "threshold_eval", "capacity_factor_train",
+           "capacity_factor_eval")  # fmt: skip
 
 
 class RoutedSlots(NamedTuple):
@@ -37,8 +39,9 @@ def route_to_slots(
 ) -> RoutedSlots:
     """Both levels of gating of x [groups, tokens, hidden].
 
-    gate_inner is called on the slots [num_outer, groups, capacity, hidden] and their importance: a slot whose outer weight
-    exceeds 0.5 has both choices, one above 0 the best expert alone, others are not sent. Empty slots count in its means.
+    gate_inner is called on the slots [num_outer, groups, capacity, hidden] and their importance: a slot whose outer
+    weight exceeds 0.5 has both choices, one above 0 the best expert alone, others are not sent. Empty slots count in
+    its means.
     """
     outer = gate_outer(x)
     plan = ops.slot_plan(outer.topk_ids, num_outer, outer.capacity, outer.group_size)
@@ -63,6 +66,16 @@ class HierarchicalMoEOutput(NamedTuple):
     """[outer · inner] int64"""
 
 
+def _gating(given: object) -> dict[str, Any]:
+    given = {} if given is None else given
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{_NAME}: gating is {given!r}, expected keyword arguments of Top2Gating by name")
+    for name in given:
+        if name not in _GATING:
+            raise TypeError(f"{_NAME}: gating holds {name!r}, expected arguments of Top2Gating: {', '.join(_GATING)}")
+    return dict(given)
+
+
 class HierarchicalMoE(nn.Module):
     """Outer gating gives each group of experts a fixed number of slots a sequence; inner gating routes the slots.
 
@@ -70,11 +83,12 @@ class HierarchicalMoE(nn.Module):
     num_experts: outer, inner
     activation, bias: of the experts
     gating: keyword arguments of Top2Gating for both levels: policies, thresholds, epsilon, capacity factors
-    experts: outer · inner modules, or one module with that num_experts, in place of the bank; number outer · inner_count
-      + inner. ffn, activation and bias are then not read
+    experts: outer · inner modules, or one module with that num_experts, in place of the bank; number outer ·
+      inner_count + inner. ffn, activation and bias are then not read
 
-    Parameters: gate_outer.w_gating [hidden, outer], gate_inner.w_gating [outer, hidden, inner], experts.up, experts.down
-    as in FeedForwardBank: those of turnout::HierarchicalMoE in C++, drawn in the same order (the bank first).
+    Parameters: gate_outer.w_gating [hidden, outer], gate_inner.w_gating [outer, hidden, inner], experts.up and
+    experts.down as in FeedForwardBank: those of turnout::HierarchicalMoE in C++, drawn in the same order (the bank
+    first).
     Raises ValueError or TypeError naming the argument. Source: tensor2tensor moe.py, mixture-of-experts 0.2.3 on PyPI.
     """
 
@@ -102,7 +116,7 @@ class HierarchicalMoE(nn.Module):
         self.hidden, self.num_experts, self.loss_coefficient = hidden, tuple(num_experts), loss_coefficient
         outer, inner = self.num_experts
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        how = {} if gating is None else gating
+        how = _gating(gating)
         if experts is None:
             width = 4 * hidden if ffn is None else ffn
             bank: nn.Module = FeedForwardBank(hidden, width, outer * inner, activation, bias, **where)

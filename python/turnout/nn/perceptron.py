@@ -110,6 +110,8 @@ def run_experts(experts: Sequence[nn.Module], x: Tensor, topk_weights: Tensor, p
     Double backward works through modules; the fused op refuses it in words.
     Raises ValueError or TypeError that names the expert whose output is no tensor of the expected shape.
     """
+    if len(experts) != plan.num_experts:
+        raise ValueError(f"turnout: experts holds {len(experts)} modules, expected {plan.num_experts} as the plan has")
     perceptrons = _all_weights(experts)
     if perceptrons is None:
         return _run_modules(experts, x, topk_weights, plan)

@@ -92,7 +92,8 @@ class Top2Gating(nn.Module):
         if num_experts < 2:
             raise ValueError(f"{_NAME}: num_experts is {num_experts}, expected at least 2")
         check.one_of(_NAME, get_args(ops.SecondPolicy), policy_train=policy_train, policy_eval=policy_eval)
-        check.non_negative_number(_NAME, epsilon=epsilon, threshold_train=threshold_train, threshold_eval=threshold_eval)
+        thresholds = {"threshold_train": threshold_train, "threshold_eval": threshold_eval}
+        check.non_negative_number(_NAME, epsilon=epsilon, **thresholds)
         check.positive_number(
             _NAME, capacity_factor_train=capacity_factor_train, capacity_factor_eval=capacity_factor_eval
         )
@@ -112,6 +113,9 @@ class Top2Gating(nn.Module):
         have its axes but the last, see route_top2()."""
         axes = "[groups, tokens, hidden]" if self.outer == 1 else "[outer, groups, tokens, hidden]"
         check.shaped(_NAME, "x", x, axes, self.hidden)
+        check.typed_as(_NAME, "x", x, self.w_gating)
+        if self.outer > 1 and x.shape[0] != self.outer:
+            raise ValueError(f"{_NAME}: x has shape {list(x.shape)}, expected {self.outer} (outer) on the first axis")
         when = "train" if self.training else "eval"
         # An axis of one group: every group of an outer expert has the same gate.
         logits = x @ (self.w_gating if self.outer == 1 else self.w_gating.unsqueeze(1))

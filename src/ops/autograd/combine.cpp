@@ -1,6 +1,8 @@
 // Gradients of dispatch and combine. Each backward is made of differentiable calls, so double backward works.
 #include <turnout/combine.h>
 
+#include "../defined.h"
+
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -69,11 +71,16 @@ class Combine : public Function<Combine> {
 };
 
 at::Tensor dispatch_autograd(const at::Tensor& x, const at::Tensor& token_of_row, const at::Tensor& row_of_choice) {
+  check_defined("turnout::dispatch", {{"x", x}, {"token_of_row", token_of_row}, {"row_of_choice", row_of_choice}});
   return Dispatch::apply(x, token_of_row, row_of_choice);
 }
 
 at::Tensor combine_autograd(const at::Tensor& rows, const at::Tensor& topk_weights, const at::Tensor& token_of_row,
                             const at::Tensor& row_of_choice) {
+  check_defined("turnout::combine", {{"rows", rows},
+                                     {"topk_weights", topk_weights},
+                                     {"token_of_row", token_of_row},
+                                     {"row_of_choice", row_of_choice}});
   return Combine::apply(rows, topk_weights, token_of_row, row_of_choice);
 }
 

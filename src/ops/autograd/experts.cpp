@@ -1,4 +1,5 @@
 // Gradient of experts: forward and backward are ops, called below autograd, so compiled graphs see two nodes.
+#include "../defined.h"
 #include "../experts_registration.h"
 
 #include <ATen/ATen.h>
@@ -97,6 +98,15 @@ at::Tensor experts_autograd(const at::Tensor& x, const at::Tensor& topk_weights,
                             const at::Tensor& token_of_row, const at::Tensor& row_of_choice, at::TensorList up,
                             at::TensorList down, at::TensorList up_bias, at::TensorList down_bias,
                             c10::string_view activation, bool recompute, bool weight_before_down) {
+  constexpr const char* kOp = "turnout::experts";
+  check_defined(kOp, {{"x", x},
+                      {"topk_weights", topk_weights},
+                      {"expert_offsets", expert_offsets},
+                      {"token_of_row", token_of_row},
+                      {"row_of_choice", row_of_choice}});
+  for (const auto& [name, list] :
+       {std::pair{"up", up}, {"down", down}, {"up_bias", up_bias}, {"down_bias", down_bias}})
+    for (const auto& tensor : list) check_defined(kOp, {{name, tensor}});
   return Experts::apply(x, topk_weights, expert_offsets, token_of_row, row_of_choice, up, down, up_bias, down_bias,
                         std::string(activation), recompute, weight_before_down);
 }

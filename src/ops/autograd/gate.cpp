@@ -1,4 +1,5 @@
 // Gradient of the gate's product: one op; differentiable calls where a second derivative is on the way.
+#include "../defined.h"
 #include "../gate.h"
 
 #include <ATen/ATen.h>
@@ -48,6 +49,7 @@ class GateLogits : public Function<GateLogits> {
 };
 
 at::Tensor gate_logits_autograd(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  check_defined("turnout::gate_logits", {{"x", x}, {"weight", weight}});
   return GateLogits::apply(x, weight, bias);
 }
 

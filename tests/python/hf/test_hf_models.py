@@ -66,6 +66,8 @@ def test_packed_and_unpacked_and_unpatched(family) -> None:
     assert close(logits(model, inputs), plain)
     assert close(plain, expected)
 
+    with pytest.raises(RuntimeError, match="experts is packed, and what was packed would go on running; call turnout.hf"):
+        model.load_state_dict(eager.state_dict())
     for _, module in experts_of(model):  # proof of what runs: the packed weights are a snapshot
         for parameter in module.parameters():
             parameter.data.zero_()
