@@ -67,7 +67,7 @@ struct PackedExperts {
 /// Packs float32 and bfloat16 weights on the CPU for the active kernel, and copies what other types and devices have.
 ///
 /// Time: the weights are read once and written once, at the speed of memory. Memory: that of the weights, with each
-/// expert's outputs padded to a panel (32, on AVX-512; 16 gate and 16 up rows where gated) and its odd bfloat16 columns
+/// expert's outputs padded to a panel (64, on AVX-512; 32 gate and 32 up rows where gated) and its odd bfloat16 columns
 /// to a pair; what it was made from is no longer needed.
 /// A forward from it packs nothing: worth it from the first call that a set of weights serves twice.
 /// @throws c10::ValueError or c10::TypeError for weights that do not fit together
