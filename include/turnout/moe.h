@@ -147,8 +147,8 @@ struct MoEOptions {
   double z_coefficient = 0.0;         ///< 0: the loss is not computed
 };
 
-/// @throws c10::ValueError naming the option that is impossible, what it is and what it may be. hidden and ffn are not
-///   read: a layer may get its gate and its experts from outside
+/// @throws c10::ValueError naming the option that is impossible, what it is and what it may be. ffn is not read, hidden
+///   only where `noisy`: a layer may get its gate and its experts from outside
 void check(const MoEOptions& options);
 
 /// One forward of an MoE layer: the output, the loss to add, and everything that led there.

@@ -69,7 +69,7 @@ def balance_loss(
 
 
 def _total(owner: str, sums: Tensor, sum_over_ranks: SumOverRanks) -> Tensor:
-    total = sum_over_ranks(sums.detach())
+    total = sum_over_ranks(sums.detach().clone())
     if not isinstance(total, Tensor):
         raise TypeError(
             f"turnout.{owner}: sum_over_ranks returned a {type(total).__name__}, expected the sum as a new tensor"

@@ -19,7 +19,7 @@ constexpr size_t kRing = 3;                        // batches alive at a time â€
 constexpr int64_t kRingBytes = int64_t{48} << 20;  // â€¦ or two, where three would take more than this
 constexpr int64_t kBatchRows = 256;                // rows of a batch of small experts
 constexpr int64_t kCombineTokens = 32;
-constexpr int64_t kStripWords = 96 * kWeightChunkWords;  // of a block of a weight gradient: 384 KB
+constexpr int64_t kWeightStripWords = 96 * kWeightChunkWords;  // of a block of a weight gradient: 384 KB
 constexpr int64_t kCacheBytes = int64_t{8} << 20;        // gradients beyond this are written past the caches
 
 struct Item {
@@ -96,7 +96,7 @@ class Backward {
   /// Outputs of a weight gradient that a task takes: as many as its packed columns fit beside.
   int64_t weight_span(int64_t rows) const {
     const int64_t words = std::min(row_words(rows), kWeightChunkWords);
-    return std::max<int64_t>(1, std::min<int64_t>(kStripWords / words / s_.weight_rows, 8)) * s_.weight_rows;
+    return std::max<int64_t>(1, std::min<int64_t>(kWeightStripWords / words / s_.weight_rows, 8)) * s_.weight_rows;
   }
 
   void plan_schedule() {

@@ -162,7 +162,7 @@ constexpr int64_t row_element(const Stages& s, bool bf16) { return bf16 && !s.wi
 constexpr int64_t group_of(int64_t words, int64_t chunk_words) {
   const int64_t chunk = div_up(words, div_up(words > 0 ? words : 1, chunk_words));
   const int64_t g = kGroupWords / (chunk > 0 ? chunk : 1);
-  return g < 1 ? 1 : g > 8 ? 8 : g;
+  return g < 1 ? 1 : g > kSumPanels ? kSumPanels : g;
 }
 
 constexpr int64_t up_panels(const ExpertsProblem& p, int64_t panel) {

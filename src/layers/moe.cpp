@@ -51,6 +51,8 @@ void check(const MoEOptions& options) {
   TORCH_CHECK_VALUE(options.top_k >= 1 && options.top_k <= options.num_experts, kName, ": top_k is ", options.top_k,
                     ", expected 1 to ", options.num_experts, " (num_experts)");
   check(options.router, options.top_k, options.num_experts);
+  TORCH_CHECK_VALUE(options.selection != Selection::hash || options.router.groups == 1, kName, ": router.groups is ",
+                    options.router.groups, ", expected 1 with selection hash, which knows no groups");
   TORCH_CHECK_VALUE(options.selection == Selection::topk || !options.selection_bias, kName,
                     ": selection_bias is set, but selection is ", to_string(options.selection), ", expected topk");
   for (const auto& [name, value] : {std::pair{"balance_coefficient", options.balance_coefficient},

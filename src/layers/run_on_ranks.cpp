@@ -68,7 +68,9 @@ at::Tensor run_on_ranks(const at::Tensor& x, const at::Tensor& topk_weights, con
                         const ExpertPlace& place, const LocalParts& local, const std::function<void()>& beside) {
   const auto& group = place.group;
   const auto held = place.bounds[group.rank + 1] - place.bounds[group.rank];
-  const auto chunks = std::min(place.chunks, place.bounds[1]);  // the first rank holds the most experts
+  auto chunks = place.chunks;  // an empty chunk would answer in the type of its rows, whatever the experts' is
+  for (size_t r = 0; r + 1 < place.bounds.size(); ++r)
+    chunks = std::min(chunks, std::max<int64_t>(place.bounds[r + 1] - place.bounds[r], 1));
   const auto received_WE = exchange_counts(plan.tokens_per_expert(), place.bounds, x, group);
   const auto send = plan_send(plan, numbers(plan.expert_offsets), place.bounds, chunks);
   const auto rows_RD = dispatch(x, send.plan);
@@ -87,7 +89,6 @@ at::Tensor run_on_ranks(const at::Tensor& x, const at::Tensor& topk_weights, con
   };
   const auto run = [&](int64_t c, const at::Tensor& rows) {
     const auto count = of_chunk[c];
-    if (count == 0) return rows;  // none: the rank has fewer experts than chunks
     const auto expert = at::arange(count, received_WE.options()).repeat({group.size});
     const auto received = received_WE.narrow(1, chunk_begin(held, c, chunks), count).flatten();
     const auto ids = at::repeat_interleave(expert, received).to(x.device());

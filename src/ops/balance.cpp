@@ -115,7 +115,7 @@ at::Tensor balance_loss(const at::Tensor& scores, const at::Tensor& topk_ids, Lo
   if (!sum) return balance_loss_of_sums(sums);
   TORCH_CHECK_VALUE(group_size == 0, kOp, ": group_size is ", group_size,
                     ", expected 0 with a sum over ranks: their groups are not the same tokens");
-  return balance_loss_of_sums(sums, sum(sums.detach()));
+  return balance_loss_of_sums(sums, sum(sums.detach().clone()));
 }
 
 namespace {
@@ -154,7 +154,7 @@ at::Tensor z_loss_of_sums(const at::Tensor& sums, const at::Tensor& total) {
 
 at::Tensor z_loss(const at::Tensor& logits, const at::Tensor& token_mask, const SumOverRanks& sum) {
   const auto sums = z_sums_for("turnout::z_loss", logits, token_mask);
-  return z_loss_of_sums(sums, sum ? sum(sums.detach()) : at::Tensor());
+  return z_loss_of_sums(sums, sum ? sum(sums.detach().clone()) : at::Tensor());
 }
 
 at::Tensor expert_importance(const at::Tensor& topk_ids, const at::Tensor& topk_weights, int64_t num_experts) {

@@ -127,6 +127,9 @@ TEST(Selection, RefusesWhatDoesNotGoTogether) {
   auto biased = with(Selection::hash);
   biased.selection_bias = true;
   EXPECT_SAYS(MoE{biased}, "selection_bias is set, but selection is hash, expected topk");
+  auto grouped = with(Selection::hash);
+  grouped.router.groups = 2;
+  EXPECT_SAYS(MoE{grouped}, "router.groups is 2, expected 1 with selection hash");
   EXPECT_SAYS(parse_selection("best"), "selection is 'best', expected one of topk, expert_choice, sinkhorn, hash");
   const Group two{.rank = 0, .size = 2, .members = {0, 1}};
   for (const auto selection : {Selection::expert_choice, Selection::sinkhorn})

@@ -119,6 +119,10 @@ class TestHash:
         assert torch.equal(made.routing.topk_ids, ids.masked_fill(~kept, -1))
         assert_close(made.routing.topk_weights, scores_of(layer, x).gather(1, ids) * kept, TERMS)
 
+    def test_groups_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="router.groups is 4, expected 1 with selection='hash'"):
+            layer_of("hash", router={"groups": 4, "kept_groups": 2})
+
     def test_capacity_limits_it(self) -> None:
         layer = layer_of("hash", top_k=1, capacity=turnout.CapacityOptions(fixed=1))
         made = layer(inputs(), token_ids=torch.zeros(2, 12, dtype=torch.int32))

@@ -298,13 +298,15 @@ def _switches(selection: str, router: object) -> dict[str, Any]:
             f"{_NAME}: router is {router!r}, expected None: selection={selection!r} has weights of its own"
         )
     if isinstance(router, str):
-        return dict(ops.router_preset(router))
+        router = ops.router_preset(router)
     if not isinstance(router, Mapping):
         raise TypeError(f"{_NAME}: router is {router!r}, expected switches of route() by name, or the name of a preset")
     known = ops.RouterOptions.__annotations__
     for name in router:
         if name not in known:
             raise TypeError(f"{_NAME}: router holds {name!r}, expected switches of route(): {', '.join(known)}")
+    if selection == "hash" and router.get("groups", 1) != 1:
+        raise ValueError(f"{_NAME}: router.groups is {router['groups']}, expected 1 with selection='hash'")
     return dict(router)
 
 

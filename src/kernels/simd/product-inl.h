@@ -271,7 +271,7 @@ void sweep(const RowSet& a, int64_t words, int64_t begin, int64_t end, const Sou
     const int64_t nb = div_up(m, most);
     for (int64_t g = begin; g < end; g += group) {
       const int64_t n = end - g < group ? end - g : group;
-      const char* panels[8];
+      const char* panels[kSumPanels];
       for (int64_t c = 0; c < passes; ++c) {
         const int64_t k0 = chunk_begin(c), chunk = chunk_begin(c + 1) - k0;
         source.panels(g, n, k0, chunk, memory.strips, panels);

@@ -16,7 +16,9 @@ constexpr int64_t kPanel = V::kVectors * V::L;
 
 template <class V, bool BF>
 constexpr int max_rows() {
-  return BF ? V::kRowsBf16 : V::kRows;
+  constexpr int rows = BF ? V::kRowsBf16 : V::kRows;
+  static_assert(rows % 2 == 0 && rows <= kMaxTileRows, "blocks of rows are whole pairs (block_begin)");
+  return rows;
 }
 
 /// Rows of bf16 (x, h, du, grad_y) are held as fp32 numbers where the CPU has no dot product of pairs: then only the

@@ -38,15 +38,13 @@ struct Block {
 class Pool {
  public:
   Block take(size_t bytes) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    auto best = free_.end();
-    for (auto b = free_.begin(); b != free_.end(); ++b)
-      if (b->bytes >= bytes && b->bytes <= bytes + bytes / 4 && (best == free_.end() || b->bytes < best->bytes)) best = b;
-    if (best == free_.end()) return {kernels::huge_alloc(bytes), bytes};
-    const Block found = *best;
-    free_.erase(best);
-    kept_ -= found.bytes;
-    return found;
+    if (const Block found = find(bytes); found.data) return found;
+    try {
+      return {kernels::huge_alloc(bytes), bytes};
+    } catch (const std::bad_alloc&) {
+      release();  // what waits counts where address space or commitments are limited
+      return {kernels::huge_alloc(bytes), bytes};
+    }
   }
 
   void give(Block block) noexcept {
@@ -69,6 +67,19 @@ class Pool {
   }
 
  private:
+  /// The smallest block that fits with at most a quarter to spare, taken out; or nothing.
+  Block find(size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    auto best = free_.end();
+    for (auto b = free_.begin(); b != free_.end(); ++b)
+      if (b->bytes >= bytes && b->bytes <= bytes + bytes / 4 && (best == free_.end() || b->bytes < best->bytes)) best = b;
+    if (best == free_.end()) return {nullptr, 0};
+    const Block found = *best;
+    free_.erase(best);
+    kept_ -= found.bytes;
+    return found;
+  }
+
   void drop(std::vector<Block>::iterator block) {
     kernels::huge_free(block->data);
     kept_ -= block->bytes;
