@@ -20,7 +20,7 @@ constexpr int64_t kRingBytes = int64_t{48} << 20;  // … or two, where three wo
 constexpr int64_t kBatchRows = 256;                // rows of a batch of small experts
 constexpr int64_t kCombineTokens = 32;
 constexpr int64_t kWeightStripWords = 96 * kWeightChunkWords;  // of a block of a weight gradient: 384 KB
-constexpr int64_t kCacheBytes = int64_t{8} << 20;        // gradients beyond this are written past the caches
+constexpr int64_t kCacheBytes = int64_t{8} << 20;              // gradients beyond this are written past the caches
 
 struct Item {
   int64_t expert, row, rows;

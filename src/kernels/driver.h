@@ -18,10 +18,9 @@ inline int64_t worker_bytes(const Stages& s, int64_t weight) {
   const int64_t panel = s.panel * 4;
   const int64_t strips = kStripWords * panel;
   const int64_t sums = kPassRows * kSumPanels * panel;
-  const int64_t rows = 2 * (kChunkWords + 2) * static_cast<int64_t>(sizeof(char*));
+  const int64_t rows = 2 * (kNaturalChunkWords + 2) * static_cast<int64_t>(sizeof(char*));
   return round_up(std::max(strips + sums + rows, weight), 4096) + 64;
 }
-
 
 /// The routing weight of each row.
 inline void weights_of_rows(const ExpertsProblem& q, float* weight) {

@@ -41,8 +41,8 @@ struct Memory {
   float* slots;
   char* workers;
 
-  Memory(Arena& arena, const Stages& s, const ExpertsProblem& q, int64_t h_rows_n, int64_t h_stride, int64_t slot_stride, int64_t worker,
-         int threads) {
+  Memory(Arena& arena, const Stages& s, const ExpertsProblem& q, int64_t h_rows_n, int64_t h_stride,
+         int64_t slot_stride, int64_t worker, int threads) {
     x_rows = arena.take<const char*>(q.rows);
     h_rows = arena.take<const char*>(h_rows_n);
     weight = arena.take<float>(q.weight_before_down ? q.rows : 0);

@@ -1,8 +1,8 @@
 // What one instruction set provides: the bodies of the tasks. Drivers (forward.cpp, backward.cpp) order them.
 //
-// A panel is `panel` words (2 or 4 vectors) along a product's outputs, stored [words of the reduction][panel]; a word is
-// one float or two neighbouring bf16. In a gated `up` a vector of gate columns is followed by the vector of the up columns
-// that belong to them, so that act(gate)·up happens lane by lane. Panels are padded with zeros.
+// A panel is `panel` words (2 or 4 vectors) along a product's outputs, stored [words of the reduction][panel]; a word
+// is one float or two neighbouring bf16. In a gated `up` a vector of gate columns is followed by the vector of the up
+// columns that belong to them, so that act(gate)·up happens lane by lane. Panels are padded with zeros.
 #pragma once
 
 #include "experts.h"
@@ -134,8 +134,8 @@ extern const Stages kAvx512Bf16Stages, kAvx512Stages, kAvx2Stages, kPortableStag
 
 /// Words of a reduction done in one pass: beyond that, a panel and its rows no longer fit the L2 cache together.
 constexpr int64_t kChunkWords = 1024;
-/// The same for plain weights [reduction, outputs]: few enough that their rows, a group's columns of each, arrive in whole
-/// runs and stay in the L2 cache until they are packed, whatever the stride of a row.
+/// The same for plain weights [reduction, outputs]: few enough that their rows, a group's columns of each, arrive in
+/// whole runs and stay in the L2 cache until they are packed, whatever the stride of a row.
 constexpr int64_t kNaturalChunkWords = 256;
 /// Words (times a panel) of weights that a worker holds at once: at most 1536 · 64 · 4 B = 384 KB of a 1 MB L2 cache.
 constexpr int64_t kGroupWords = 1536;

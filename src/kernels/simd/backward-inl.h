@@ -174,7 +174,7 @@ void pack_rows_typed(const PackRowsArgs& a) {
   for (int64_t r = 0; r < a.rows.count; r += 64)
     for (int64_t p = a.begin; p < a.end; ++p)
       pack_natural_panel<V, BF, false>(a.rows.rows + r, a.rows.count - r < 64 ? a.rows.count - r : 64, p * P,
-                                a.columns - p * P, a.dst + (p * words + words_of(r, BF)) * 4 * P);
+                                       a.columns - p * P, a.dst + (p * words + words_of(r, BF)) * 4 * P);
 }
 
 template <class V, bool BF>

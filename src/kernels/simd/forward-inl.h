@@ -49,8 +49,8 @@ template <class V, bool BF, Activation A>
 void up_as(const UpArgs& a) {
   const ExpertsProblem& q = *a.problem;
   const char* bias = q.up_bias ? static_cast<const char*>(q.up_bias[a.expert]) : nullptr;
-  const TransposedSource<V, BF, is_gated(A)> source{static_cast<const char*>(a.packed ? nullptr : q.up[a.expert]), q.ffn,
-                                                    q.hidden * Stored<V, BF>::size};
+  const TransposedSource<V, BF, is_gated(A)> source{static_cast<const char*>(a.packed ? nullptr : q.up[a.expert]),
+                                                    q.ffn, q.hidden * Stored<V, BF>::size};
   product<V, BF>(a.x, q.hidden, a.packed, source, a.begin, a.end, UpEpilogue<V, BF, A>{a, bias, q.ffn}, a.worker);
 }
 
@@ -74,8 +74,9 @@ void up_typed(const UpArgs& a) {
   }
 }
 
-/// Adds the bias (null: none), times the rows' weights (null: 1), and writes fp32 rows of whole panels, past the caches: they are read once, much later.
-/// `out` and `stride` are multiples of a vector. The fence that ends a task (schedule.cpp) makes them visible.
+/// Adds the bias (null: none), times the rows' weights (null: 1), and writes fp32 rows of whole panels, past the
+/// caches: they are read once, much later. `out` and `stride` are multiples of a vector. The fence that ends a task
+/// (schedule.cpp) makes them visible.
 template <class V, bool BF>
 struct SlotEpilogue {
   const char* bias;

@@ -116,8 +116,8 @@ inline Ahead share(const char* begin, int64_t bytes, int64_t words, int64_t i, i
 }
 
 /// Panels packed beforehand. As every source: panels [g, g + n), words [k0, k0 + words) of them, into strips or not;
-/// and what comes after them, of which each of n tiles fetches a share. `kStripBF`: whether words are pairs of bf16; `kChunk`:
-/// words of a pass.
+/// and what comes after them, of which each of n tiles fetches a share. `kStripBF`: whether words are pairs of bf16;
+/// `kChunk`: words of a pass.
 template <class V, bool BF>
 struct PackedSource {
   static constexpr bool kStripBF = BF;
@@ -188,7 +188,9 @@ struct TransposedSource {
   }
 
  private:
-  static int64_t output(int64_t p, int64_t j) { return Gated ? (p * (V::kVectors / 2) + j / 2) * V::L : (p * V::kVectors + j) * V::L; }
+  static int64_t output(int64_t p, int64_t j) {
+    return Gated ? (p * (V::kVectors / 2) + j / 2) * V::L : (p * V::kVectors + j) * V::L;
+  }
 };
 
 /// Plain weights [reduction, outputs]: columns of a panel are copied as they are needed, into fp32 where `Split`.
@@ -198,7 +200,7 @@ struct NaturalSource {
   static constexpr int64_t kChunk = kNaturalChunkWords;
   const char* weight;
   int64_t outputs, reduction;
-  const char** rows;  ///< room for the row pointers of a chunk
+  const char** rows;                     ///< room for the row pointers of a chunk
   static constexpr int64_t kBlock = 16;  // rows packed together for all panels, so that a row is read in one go
   static constexpr int64_t kPer = kStripBF ? 2 : 1, kSize = Stored<V, BF>::size;
 
@@ -221,7 +223,8 @@ struct NaturalSource {
       if (Split && count < words) __builtin_memset(strips + (p * words + count) * 4 * P, 0, static_cast<size_t>(4 * P));
     }
   }
-  // nothing between tiles: fetching lines from memory there takes the few line buffers that the tiles need for the cache
+  // nothing between tiles: fetching lines from memory there takes the few line buffers that the tiles need for the
+  // cache
   Ahead ahead(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t) const { return {weight, 0}; }
 };
 
@@ -239,7 +242,7 @@ template <class V>
 struct SweepMemory {
   char* strips;  ///< kStripWords words of a panel
   float* sums;   ///< kPassRows rows of a group, used where the reduction takes several passes
-  const char** rows;
+  const char** rows;  ///< those of a chunk of a NaturalSource
 };
 
 template <class V>
@@ -277,7 +280,8 @@ void sweep(const RowSet& a, int64_t words, int64_t begin, int64_t end, const Sou
         source.panels(g, n, k0, chunk, memory.strips, panels);
         // what comes after this: the next words of these panels, or the first of the next
         const bool last = c + 1 == passes;
-        const int64_t next = last ? 0 : c + 1, next_k0 = chunk_begin(next), next_words = chunk_begin(next + 1) - next_k0;
+        const int64_t next = last ? 0 : c + 1, next_k0 = chunk_begin(next),
+                      next_words = chunk_begin(next + 1) - next_k0;
         for (int64_t i = 0; i < nb; ++i) {
           const int64_t first = block_begin(m, nb, i), rows = block_begin(m, nb, i + 1) - first;
           const TileFn fn = nb == 1 ? Tiles<V, BF, true, false>::fn[rows] : Tiles<V, BF, false, false>::fn[rows];

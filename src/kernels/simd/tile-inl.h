@@ -12,7 +12,7 @@ namespace {
 
 /// Words of a panel.
 template <class V>
-constexpr int64_t kPanel = V::kVectors * V::L;
+constexpr int64_t kPanel = V::kVectors* V::L;
 
 template <class V, bool BF>
 constexpr int max_rows() {

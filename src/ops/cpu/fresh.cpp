@@ -72,7 +72,8 @@ class Pool {
     const std::lock_guard<std::mutex> lock(mutex_);
     auto best = free_.end();
     for (auto b = free_.begin(); b != free_.end(); ++b)
-      if (b->bytes >= bytes && b->bytes <= bytes + bytes / 4 && (best == free_.end() || b->bytes < best->bytes)) best = b;
+      if (b->bytes >= bytes && b->bytes <= bytes + bytes / 4 && (best == free_.end() || b->bytes < best->bytes))
+        best = b;
     if (best == free_.end()) return {nullptr, 0};
     const Block found = *best;
     free_.erase(best);
