@@ -242,3 +242,16 @@ class TestCapacity:
         assert after.tolist() == before.tolist()
         one = turnout.limit_capacity(ids[:, :], weights, 2, 1, 3, "choice", renormalize=True)
         assert one.topk_weights.tolist() == [[1.0, 0.0], [0.0, 0.0], [1.0, 0.0]]
+
+
+def test_a_sum_made_in_place_gives_the_same_gradient() -> None:
+    """As dist.all_reduce makes it: of two ranks with the same tokens."""
+
+    def gradient(reduce) -> torch.Tensor:
+        logits = torch.linspace(-2, 2, 24, dtype=torch.float64).reshape(6, 4).requires_grad_()
+        routing = turnout.route(logits, 2)
+        balance = turnout.balance_loss(routing.scores, routing.topk_ids, sum_over_ranks=reduce)
+        (balance + turnout.z_loss(logits, sum_over_ranks=reduce)).backward()
+        return logits.grad
+
+    assert torch.equal(gradient(lambda own: own.mul_(2)), gradient(lambda own: own * 2))
