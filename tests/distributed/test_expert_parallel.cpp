@@ -6,6 +6,7 @@
 #include <turnout/chunk_trial.h>
 #include <turnout/compat.h>
 
+#include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/autograd.h>
 
 namespace turnout::testing {
@@ -199,6 +200,21 @@ TEST(Chunks, ChangeNoBitOfAnyKindOfExperts) {
           EXPECT_TRUE(at::equal(made[i], truth[i])) << local->name() << ", " << chunks << " chunks, tensor " << i;
       }
     }
+  });
+}
+
+TEST(Chunks, AreOfOneTypeOnRanksWithFewerExperts) {
+  on_ranks(2, [](World& world) {
+    const int64_t held = world.options.rank == 0 ? 2 : 1;
+    FeedForwardBank bank(FeedForwardOptions{kHidden, 10, Activation::swiglu}, held);
+    ExpertParallel experts(bank.ptr(), world.all(), expert_bounds(3, 2), 2);
+    const auto x = at::ones({3, kHidden}).requires_grad_();
+    at::autocast::set_autocast_enabled(at::kCPU, true);  // experts answer in bfloat16, the rows are float32
+    const auto y = experts->forward(x, at::ones({3, 1}), plan(ids({{0}, {1}, {2}}), 3));
+    at::autocast::set_autocast_enabled(at::kCPU, false);
+    y.sum().backward();
+    EXPECT_EQ(y.scalar_type(), at::kBFloat16);
+    EXPECT_TRUE(y.isfinite().all().item<bool>() && x.grad().isfinite().all().item<bool>());
   });
 }
 
