@@ -3,6 +3,8 @@
 // Shapes: T tokens, D hidden, R rows of this rank's tokens, W ranks, C chunks.
 #include "layers/run_on_ranks.h"
 
+#include "layers/pieces.h"
+
 #include <turnout/combine.h>
 
 #include <ATen/ATen.h>
@@ -73,7 +75,9 @@ at::Tensor run_on_ranks(const at::Tensor& x, const at::Tensor& topk_weights, con
     chunks = std::min(chunks, std::max<int64_t>(place.bounds[r + 1] - place.bounds[r], 1));
   const auto received_WE = exchange_counts(plan.tokens_per_expert(), place.bounds, x, group);
   const auto send = plan_send(plan, numbers(plan.expert_offsets), place.bounds, chunks);
-  const auto rows_RD = dispatch(x, send.plan);
+  Counts rows_of_chunk;
+  for (const auto& counts : send.counts) rows_of_chunk.push_back(sum(counts));
+  const auto rows_RD = cut(dispatch(x, send.plan), rows_of_chunk);
   Counts of_chunk;
   for (int64_t c = 0; c < chunks; ++c)
     of_chunk.push_back(chunk_begin(held, c + 1, chunks) - chunk_begin(held, c, chunks));
@@ -81,11 +85,9 @@ at::Tensor run_on_ranks(const at::Tensor& x, const at::Tensor& topk_weights, con
 
   std::vector<Counts> receive(chunks);
   std::vector<PendingRows> out, back;
-  int64_t next_row = 0;
   const auto start = [&](int64_t c) {
     receive[c] = numbers(received_WE.narrow(1, chunk_begin(held, c, chunks), of_chunk[c]).sum(1));
-    out.emplace_back(rows_RD.narrow(0, next_row, sum(send.counts[c])), send.counts[c], receive[c], group);
-    next_row += sum(send.counts[c]);
+    out.emplace_back(rows_RD[c], send.counts[c], receive[c], group);
   };
   const auto run = [&](int64_t c, const at::Tensor& rows) {
     const auto count = of_chunk[c];
@@ -105,7 +107,7 @@ at::Tensor run_on_ranks(const at::Tensor& x, const at::Tensor& topk_weights, con
   }
   std::vector<at::Tensor> made;
   for (auto& chunk : back) made.push_back(chunk.finish());
-  return combine(chunks == 1 ? made[0] : at::cat(made), topk_weights, send.plan);
+  return combine(join(made), topk_weights, send.plan);
 }
 
 }  // namespace turnout

@@ -1,11 +1,9 @@
 // Parts of experts: views of banks whose gradients are joined once; any other kind runs whole, on a wider plan.
 #include "weight_parts.h"
 
-#include "../ops/cpu/fresh.h"
+#include "layers/pieces.h"
 
 #include <ATen/ATen.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/variable.h>
 
 #include <numeric>
 
@@ -14,41 +12,12 @@ namespace {
 
 using Tensors = std::vector<at::Tensor>;
 
-// A bank's slices. As split_with_sizes(), whose backward joins the gradients as well, but in memory that the kernels'
-// outputs share: a step of the bench's few-rows in 4 chunks took a sixth less (AVX-512, one thread, 96 MB a rank).
-class Slices : public torch::autograd::Function<Slices> {
- public:
-  static Tensors forward(torch::autograd::AutogradContext*, const at::Tensor& bank, const std::vector<int64_t>& counts) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto slices = bank.split_with_sizes(counts);
-    for (const auto& slice : slices) {
-      if (slice.is_inference()) continue;
-      using namespace torch::autograd::impl;
-      set_version_counter(slice, version_counter(bank));  // a change of the bank before the backward is noticed
-    }
-    return slices;
-  }
-  static Tensors backward(torch::autograd::AutogradContext*, Tensors grads) {
-    auto shape = grads.front().sizes().vec();
-    shape[0] = 0;
-    for (const auto& grad : grads) shape[0] += grad.size(0);
-    const auto options = grads.front().options();
-    const auto joined = options.device().is_cpu() ? ops::fresh(shape, options) : at::empty(shape, options);
-    int64_t first = 0;
-    for (const auto& grad : grads) {
-      joined.narrow(0, first, grad.size(0)).copy_(grad);
-      first += grad.size(0);
-    }
-    return {joined, {}};
-  }
-};
-
 // One list of weights, [part][a bank, or one tensor an expert]. @param dim axes of one expert's weight
-std::vector<Tensors> cut(const Tensors& weights, int64_t dim, const std::vector<int64_t>& counts) {
+std::vector<Tensors> cut_list(const Tensors& weights, int64_t dim, const std::vector<int64_t>& counts) {
   if (counts.size() == 1) return {weights};
   std::vector<Tensors> parts;
   if (weights.size() == 1 && weights[0].dim() == dim + 1) {
-    for (auto& part : Slices::apply(weights[0], counts)) parts.push_back({std::move(part)});
+    for (auto& part : cut(weights[0], counts)) parts.push_back({std::move(part)});
     return parts;
   }
   auto next = weights.begin();
@@ -64,8 +33,8 @@ std::vector<Tensors> cut(const Tensors& weights, int64_t dim, const std::vector<
 
 std::vector<RunExperts> run_parts(const ExpertWeights& weights, Activation activation,
                                   const std::vector<int64_t>& counts) {
-  const auto up = cut(weights.up, 2, counts), down = cut(weights.down, 2, counts);
-  const auto up_bias = cut(weights.up_bias, 1, counts), down_bias = cut(weights.down_bias, 1, counts);
+  const auto up = cut_list(weights.up, 2, counts), down = cut_list(weights.down, 2, counts);
+  const auto up_bias = cut_list(weights.up_bias, 1, counts), down_bias = cut_list(weights.down_bias, 1, counts);
   std::vector<RunExperts> parts;
   for (size_t i = 0; i < counts.size(); ++i)
     parts.emplace_back([part = ExpertWeights{up[i], down[i], up_bias[i], down_bias[i]}, activation](

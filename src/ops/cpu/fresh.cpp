@@ -131,7 +131,7 @@ class Allocator : public c10::Allocator {
 at::Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
   const auto type = c10::typeMetaToScalarType(options.dtype());
   const auto bytes = at::detail::computeStorageNbytesContiguous(sizes, c10::elementSize(type));
-  if (bytes < kLarge) return at::empty(sizes, options);
+  if (bytes < kLarge || !options.device().is_cpu()) return at::empty(sizes, options);
   static Allocator allocator;
   return at::detail::empty_generic(sizes, &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), type, std::nullopt);
 }

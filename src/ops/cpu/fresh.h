@@ -7,8 +7,8 @@ namespace turnout::ops {
 
 /// An uninitialised contiguous tensor for a kernel to fill.
 ///
-/// From 4 MB on its memory consists of huge pages that stay mapped when the tensor dies and serve the next tensor of
-/// about that size: gradients that a step frees and the next makes anew are not faulted in again (a step of 32 experts
+/// On the CPU, from 4 MB on, its memory consists of huge pages that stay mapped when the tensor dies and serve the next
+/// tensor of about that size: gradients that a step frees and the next makes anew are not faulted in again (a step of 32 experts
 /// with 200 MB of gradients spent more than a third of its time on that). What waits in the pool is marked as free to
 /// the system, which takes it where memory is short; at most an eighth of the machine's memory waits, a process.
 /// Thread-safe. @throws c10::Error where memory is out, as at::empty does
