@@ -19,6 +19,7 @@
 #include <thread>
 #include <vector>
 
+#include "driver.h"
 #include "experts.h"
 #include "machine_limits.h"
 #include "routing.h"
@@ -216,6 +217,34 @@ void show(const std::string& name, double work, const char* unit, double seconds
   std::fflush(stdout);
 }
 
+/// What the innermost loop reaches where nothing comes from beyond the L1 cache: one tile of `up`, again and again, in
+/// fp32. The rest of what a layer lacks to the register peak is its own.
+void show_tile(const std::string& name, const Implementation& impl, double seconds, const ParallelFor& parallel) {
+  constexpr int64_t kRows = kMaxTileRows, kWords = 128, kCalls = 2000;  // 32 KB of weights in panels of 64
+  const Stages& stages = *impl.stages;
+  const Bank bank({"", 1, 1, kWords, stages.panel, kRows, Activation::relu}, DType::f32);
+  const ExpertsProblem problem = bank.problem();
+  std::vector<float> panel(static_cast<size_t>(stages.panel * kWords));
+  const auto* weights = reinterpret_cast<const char*>(panel.data());
+  stages.pack_up(problem, 0, 0, 1, reinterpret_cast<char*>(panel.data()));
+  const std::vector<float> x(kRows * (kWords + 16), 0.5f);  // rows that share no sets of the cache
+  const char* rows[kRows];
+  for (int64_t i = 0; i < kRows; ++i) rows[i] = reinterpret_cast<const char*>(x.data() + i * (kWords + 16));
+  const int64_t h_stride = 4 * (stages.panel + 16), worker = round_up(kRows * h_stride, 64) + worker_bytes(stages, 0);
+  const std::unique_ptr<char, void (*)(char*)> memory(huge_alloc(static_cast<size_t>(worker * parallel.threads)),
+                                                      huge_free);
+  const double flops = 2.0 * static_cast<double>(kRows * stages.panel * kWords * kCalls * parallel.threads);
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) {
+      char* h = memory.get() + begin * worker;
+      for (int64_t n = 0; n < kCalls; ++n)
+        stages.up({&problem, 0, {rows, kRows}, weights, 0, 1, h, h_stride, nullptr, nullptr,
+                   h + round_up(kRows * h_stride, 64)});
+    }
+  };
+  show(name, flops, "GF/s", seconds, [&] { return peak(false, parallel); }, [&] { parallel(parallel.threads, run); });
+}
+
 const Shape kShapes[] = {
     {"E64-T2048", 64, 8, 1024, 512, 2048, Activation::swiglu},
     {"qwen3-T512", 128, 8, 2048, 768, 512, Activation::swiglu},
@@ -237,6 +266,8 @@ int main(int argc, char** argv) {
   const ParallelFor parallel = pool.parallel();
   std::printf("%s, %d threads, peak fp32 %.0f bf16 %.0f GF/s\n", impl.name, g_threads, peak(false, parallel) / 1e9,
               peak(true, parallel) / 1e9);
+  const std::string tile = "tile in L1 fp32";
+  if (impl.stages && tile.find(filter) != std::string::npos) show_tile(tile, impl, seconds, parallel);
   for (const Shape& s : kShapes)
     for (DType t : {DType::f32, DType::bf16}) {
       const bool bf16 = t == DType::bf16, decode = std::strncmp(s.name, "decode", 6) == 0;
