@@ -118,7 +118,7 @@ void compare(CompareOptions& options) {
   const LanguageModelOptions twin = dense_twin(run.model);
   if (ranks.first()) prepare_output(options.output);
   check_report_files();  // before a long run, not after it
-  ranks.check_same(run, *text);
+  ranks.check_same(run, *text, fmt::format("--evaluations {}", options.evaluations));
   fit_minutes(run, {twin, run.model}, text, ranks);
   Contestant dense = contestant("dense", twin, run.training, text, ranks.layout()),
              moe = contestant("moe", run.model, run.training, text, ranks.layout());

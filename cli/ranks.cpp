@@ -30,10 +30,11 @@ void add_rank_options(CLI::App& app, RankOptions& options) {
 Ranks::Ranks(const RankOptions& options)
     : world_(world_options_from_environment()), layout_(make_layout(world_, options.expert_ranks, options.chunks)) {
   layout_.joined_batch = !options.own_batch;
-  world_.check_same("--own-batch", options.own_batch ? "is set" : "is not set");
+  world_.check_same("the parallel layout", options.own_batch ? "--own-batch" : "no --own-batch");
 }
 
-void Ranks::check_same(const RunOptions& run, const ByteText& text) {
+void Ranks::check_same(const RunOptions& run, const ByteText& text, const std::string& command) {
+  world_.check_same("what they were told to do", fmt::format("--minutes {}\n{}", run.minutes, command));
   world_.check_same("the options of the model", to_json(run.model));
   world_.check_same("the options of training", to_json(run.training));
   world_.check_same("the text", fmt::format("digest {:016x}", text.digest()));

@@ -10,6 +10,7 @@
 
 #include <memory>
 #include <string>
+#include <string>
 
 namespace turnout::cli {
 
@@ -34,7 +35,8 @@ class Ranks {
   const ParallelLayout& layout() const { return layout_; }
 
   /// Compares what the ranks were told and read. @throws DistributedError naming the difference
-  void check_same(const RunOptions& run, const ByteText& text);
+  /// @param command what else decides which steps a rank makes, one thing a line
+  void check_same(const RunOptions& run, const ByteText& text, const std::string& command);
   /// What was measured on the first rank, for all.
   double of_first(double value) const;
   /// Whether any rank was interrupted: all stop at the same step.

@@ -153,6 +153,13 @@ void describe(const RunOptions& run, const Trainer& trainer, const Ranks& ranks)
   std::fflush(stdout);
 }
 
+// In words that differ where ranks would begin at different steps.
+std::string start_of(const Checkpoint& checkpoint) {
+  if (checkpoint.path.empty()) return "no --resume";
+  const auto step = checkpoint.state.metadata.find("step");
+  return "--resume from step " + (step == checkpoint.state.metadata.end() ? "" : step->second);
+}
+
 void train(TrainOptions& options, RunArguments& arguments) {
   TORCH_CHECK_VALUE(options.checkpoint_every >= 1, "--checkpoint-every is ", options.checkpoint_every,
                     ", expected 1 or more");
@@ -171,7 +178,8 @@ void train(TrainOptions& options, RunArguments& arguments) {
   }
   const std::shared_ptr<const ByteText> text = load_text_of(run);
   if (ranks.first()) prepare_output(options.output);
-  ranks.check_same(run, *text);
+  ranks.check_same(run, *text,
+                   fmt::format("--checkpoint-every {}\n{}", options.checkpoint_every, start_of(checkpoint)));
   if (!options.resume) fit_minutes(run, {run.model}, text, ranks);
   Trainer trainer(make_model(run.model, run.training.seed, ranks.layout()), run.training, text);
   if (options.resume) trainer.load_state(checkpoint.state, checkpoint.path);

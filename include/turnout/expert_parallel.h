@@ -66,7 +66,8 @@ class ExpertParallelImpl : public ExpertsModule {
 TORCH_MODULE(ExpertParallel);
 
 /// An MoE layer whose experts lie on the ranks of the layout: the same gate and experts that MoE(options) draws from
-/// the same random state on one process.
+/// the same random state on one process. Every rank of the layout's world calls it.
+/// @throws DistributedError naming the rank that was given other sizes
 MoE expert_parallel_moe(const MoEOptions& options, const ParallelLayout& layout);
 
 /// The same for two levels: the outer groups of experts lie on the ranks, whole. Capacity and losses are those of each

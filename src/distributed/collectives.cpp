@@ -7,6 +7,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
+#include <ATen/ops/tensor.h>
 
 #include <utility>
 
@@ -84,6 +85,21 @@ at::Tensor all_gather(const char* operation, const at::Tensor& x, const Group& g
   return guarded(operation, group, [&] {
     return wait_for(call("_c10d_functional::all_gather_into_tensor", x.contiguous(), group.size, group.name));
   });
+}
+
+void check_alike(const char* operation, const std::vector<std::pair<const char*, int64_t>>& numbers,
+                 const at::Device& device, const Group& group) {
+  if (group.size == 1) return;
+  std::vector<int64_t> own;
+  for (const auto& number : numbers) own.push_back(number.second);
+  const auto of_ranks = all_gather(operation, at::tensor(own, at::kLong).to(device), group).to(at::kCPU);
+  const auto* next = of_ranks.const_data_ptr<int64_t>();
+  const auto words = [&](size_t i, int64_t rank, int64_t value) {
+    return "rank " + std::to_string(group.members[rank]) + " has " + numbers[i].first + " " + std::to_string(value);
+  };
+  for (int64_t rank = 0; rank < group.size; ++rank)
+    for (size_t i = 0; i < own.size(); ++i, ++next)
+      if (*next != own[i]) fail(operation, words(i, rank, *next) + ", " + words(i, group.rank, own[i]), group);
 }
 
 void fail(const char* operation, const std::string& finding, const Group& group) {

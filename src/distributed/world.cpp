@@ -12,8 +12,11 @@
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
+#include <csignal>
 #include <cstdlib>
 #include <exception>
 #include <map>
@@ -72,12 +75,31 @@ std::string holder_text(const WorldOptions& options) {
   return options.launcher_holds_store ? "the launcher at " + store_address(options) : "rank 0";
 }
 
+// A store of c10d writes to connections whose other end is gone; the signal for that would end the process. Threads
+// inherit what is blocked here.
+class WithoutPipeSignal {
+ public:
+  WithoutPipeSignal() {
+    sigset_t pipe;
+    sigemptyset(&pipe);
+    sigaddset(&pipe, SIGPIPE);
+    pthread_sigmask(SIG_BLOCK, &pipe, &before_);
+  }
+  ~WithoutPipeSignal() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+  WithoutPipeSignal(const WithoutPipeSignal&) = delete;
+  WithoutPipeSignal& operator=(const WithoutPipeSignal&) = delete;
+
+ private:
+  sigset_t before_{};
+};
+
 c10::intrusive_ptr<c10d::Store> connect(const WorldOptions& options, bool hold) {
   c10d::TCPStoreOptions how;
   how.port = static_cast<uint16_t>(options.port);
   how.isServer = hold;
   how.waitWorkers = false;
   how.timeout = options.timeout;
+  const WithoutPipeSignal in_threads_of_the_store;
   try {
     return c10::make_intrusive<c10d::PrefixStore>("turnout/" + options.attempt,
                                                   c10::make_intrusive<c10d::TCPStore>(options.host, how));

@@ -1,6 +1,8 @@
 // Experts on several ranks: the module, and layers made with it.
 #include <turnout/expert_parallel.h>
 
+#include "../distributed/collectives.h"
+#include "../distributed/heartbeat.h"
 #include "../ops/checks.h"
 #include "run_on_ranks.h"
 
@@ -63,6 +65,17 @@ at::Tensor ExpertParallelImpl::forward_beside(const at::Tensor& x, const at::Ten
 
 namespace {
 
+// Ranks that were given other sizes would send messages that do not fit. Groups of a World always have a backend of the
+// CPU; others are left alone here.
+void check_sizes(const ParallelLayout& layout, const FeedForwardOptions& expert, int64_t num_experts, int64_t unit,
+                 int64_t top_k) {
+  if (!distributed::heartbeat_of(layout.all.name)) return;
+  distributed::check_alike("making of experts",
+                           {{"num_experts", num_experts}, {"experts of a group", unit}, {"top_k", top_k},
+                            {"hidden", expert.hidden}, {"ffn", expert.ffn}, {"chunks", layout.chunks}},
+                           at::kCPU, layout.all);
+}
+
 // The experts of this rank, drawn as in the whole bank; the bank itself where one rank holds all.
 std::shared_ptr<ExpertsModule> bank_on(const ParallelLayout& layout, const FeedForwardOptions& expert,
                                        int64_t num_experts, int64_t unit) {
@@ -80,6 +93,7 @@ MoE expert_parallel_moe(const MoEOptions& options, const ParallelLayout& layout)
   const auto linear = torch::nn::LinearOptions(options.hidden, options.num_experts).bias(options.gate_bias);
   torch::nn::Linear gate(linear);
   const FeedForwardOptions expert{options.hidden, options.ffn, options.activation, options.bias};
+  check_sizes(layout, expert, options.num_experts, 1, options.top_k);
   MoE moe(options, torch::nn::AnyModule(gate), bank_on(layout, expert, options.num_experts, 1));
   if (layout.joined_batch) moe->join(layout.all);
   return moe;
@@ -89,6 +103,7 @@ HierarchicalMoE expert_parallel_moe(const HierarchicalMoEOptions& options, const
   const FeedForwardOptions expert{options.hidden, options.ffn > 0 ? options.ffn : 4 * options.hidden,
                                   options.activation, options.bias};
   const auto [outer, inner] = options.num_experts;
+  check_sizes(layout, expert, outer * inner, inner, 2);
   return HierarchicalMoE(options, bank_on(layout, expert, outer * inner, inner));
 }
 

@@ -4,6 +4,7 @@
 // the number of rows that arrive is known only when it runs: there the backward computes the forward anew.
 #include <turnout/experts.h>
 
+#include "../distributed/collectives.h"
 #include "../ops/checks.h"
 #include "run_on_ranks.h"
 #include "weight_parts.h"
@@ -60,6 +61,8 @@ at::Tensor run(const Arguments& a) {
   const ExpertWeights weights{a.lists[0].vec(), a.lists[1].vec(), a.lists[2].vec(), a.lists[3].vec()};
   const auto activation = parse_activation(std::string(a.activation));
   const auto local = [&](const std::vector<int64_t>& counts) { return run_parts(weights, activation, counts); };
+  distributed::check_alike("exchange of counts", {{"num_experts", a.num_experts}, {"chunks", a.chunks}}, a.x.device(),
+                           group);
   return run_on_ranks(a.x, a.topk_weights, plan(a.topk_ids, a.num_experts), {group, bounds, a.chunks}, local, [] {});
 }
 

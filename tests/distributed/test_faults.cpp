@@ -4,6 +4,7 @@
 #include "../cpp/helpers.h"
 
 #include <turnout/exchange.h>
+#include <turnout/expert_parallel.h>
 
 #include <sys/wait.h>
 #include <unistd.h>
@@ -106,6 +107,39 @@ TEST(Faults, RowsThatDoNotFitAreRefused) {
     EXPECT_NE(ending.text.find("rank 2"), std::string::npos) << ending.text;
     EXPECT_NE(ending.text.find("Float [rows, 5]"), std::string::npos) << ending.text;
   }
+}
+
+TEST(Faults, LayersOfOtherSizesAreRefused) {
+  const auto endings = run_with(2, [](World& world) {
+    const auto layout = make_layout(world);
+    const MoEOptions options{.hidden = 4, .ffn = 4, .num_experts = world.options.rank == 1 ? 3 : 4};
+    expert_parallel_moe(options, layout);
+  });
+  EXPECT_EQ(endings[0].text, "turnout: making of experts failed: rank 1 has num_experts 3, rank 0 has num_experts 4");
+  EXPECT_EQ(endings[1].text, "turnout: making of experts failed: rank 0 has num_experts 4, rank 1 has num_experts 3");
+}
+
+// Its store then writes to connections whose other end is gone.
+TEST(Faults, HolderOfTheStoreThatGoesOnTooLateSaysWhy) {
+  const auto common = local_world(3, seconds(2));
+  const auto endings = fork_ranks(
+      3,
+      [&](int64_t rank) {
+        std::signal(SIGPIPE, SIG_DFL);
+        auto options = common;
+        options.rank = rank;
+        World world(options);
+        exchange_for(world, seconds(20));
+        return std::string();
+      },
+      seconds(30),
+      [](const auto& processes) {
+        after_two_seconds(processes[0], SIGSTOP);
+        std::this_thread::sleep_for(seconds(6));
+        kill(processes[0], SIGCONT);
+      });
+  EXPECT_EQ(endings[0].status, 3) << "signal " << endings[0].signal;
+  EXPECT_NE(endings[0].text.find("no longer answers"), std::string::npos) << endings[0].text;
 }
 
 TEST(Faults, MissingRankIsNamedAtTheMeeting) {

@@ -55,6 +55,12 @@ def be_rank(rank, folder):
     wrong = x[tokens] if rank == 0 else x[tokens].double()
     with pytest.raises(RuntimeError, match="rank . sends rows"):
         turnout.expert_parallel(wrong, ids[tokens], weights[tokens], up[held], down[held], num_experts=EXPERTS)
+    with pytest.raises(RuntimeError, match=f"rank {1 - rank} has chunks {2 - rank}, rank {rank} has chunks {1 + rank}"):
+        turnout.expert_parallel(x[tokens], ids[tokens], weights[tokens], up[held], down[held], num_experts=EXPERTS,
+                                chunks=1 + rank)
+    with pytest.raises(RuntimeError, match="rank 1 has num_experts 2"):
+        turnout.expert_parallel(x[tokens], ids[tokens].clamp_max(1), weights[tokens], up[held], down[held],
+                                num_experts=EXPERTS - rank)
     with pytest.raises(ValueError, match="up holds 3 experts, expected"):
         turnout.expert_parallel(x[tokens], ids[tokens], weights[tokens], up, down, num_experts=EXPERTS)
     torch.distributed.barrier()

@@ -56,6 +56,24 @@ def test_ranks_that_were_told_different_things_say_which(tmp_path, text):
         assert stderr.startswith("turnout: rank 1: " if rank else "turnout: the ranks")
 
 
+@pytest.mark.parametrize(("option", "words"), [(["--checkpoint-every", 3], "rank 1 has --checkpoint-every 3"),
+                                               (["--minutes", 0.1], "rank 1 has --minutes 0.1")])
+def test_ranks_that_would_make_other_steps_say_so(tmp_path, text, option, words):
+    endings = finish(start_ranks([train(text, tmp_path / "out", 5), [*train(text, tmp_path / "out", 5), *option]]))
+    for status, _, stderr in endings:
+        assert status == 1 and "the ranks differ in what they were told to do" in stderr and words in stderr, stderr
+
+
+def test_a_rank_that_alone_goes_on_is_named(tmp_path, text):
+    out = tmp_path / "out"
+    fresh = [*train(text, out, 5), "--checkpoint-every", 2]
+    assert [status for status, _, _ in finish(start_ranks(fresh))] == [0, 0]
+    resumed = ["train", "--resume", "--output", out, "--checkpoint-every", 2]
+    for status, _, stderr in finish(start_ranks([resumed, fresh])):
+        assert status == 1, stderr
+        assert "rank 0 has --resume from step 5, rank 1 has no --resume" in stderr
+
+
 def test_a_killed_rank_is_named_and_the_run_resumes_on_any_number(tmp_path, text):
     out, steps = tmp_path / "out", 400
     ranks = start_ranks([*train(text, out, steps), "--checkpoint-every", 5], size=4)
