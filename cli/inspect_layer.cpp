@@ -92,8 +92,9 @@ void add_random_rows(Json& json, const MoE& moe, const LayerOptions& o) {
 }
 
 void add_text(Json& json, ByteLanguageModel model, const MoE& moe, const LayerOptions& o) {
-  const TextWindows windows =
-      windows_of(read_file(o.text, kLongestText), model->options.context, kWindowsACall, o.tokens);
+  const std::string text = read_file(o.text, kLongestText);
+  TORCH_CHECK_VALUE(!text.empty(), "--text is ", o.text, ": the text is empty, expected at least one byte");
+  const TextWindows windows = windows_of(text, model->options.context, kWindowsACall, o.tokens);
   for (const LayerTrace& trace : trace_model(model, windows, kWindowsACall)) {
     if (trace.layer != o.layer) continue;
     json["input"] =

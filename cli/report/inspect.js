@@ -110,6 +110,10 @@ function layerSections() {
   if (data.layer.step) stepSection(data.layer.step);
   section("capacity", "Capacity", el("div", {class: "grid"}, sweepCharts([[`layer ${trace.layer}`, trace.capacity]])));
   if (takers) section("takers", "What each expert takes", takersTable(trace.layer, takers));
+  const {checkpoint, layer, router, input} = data.layer;
+  section("configuration", "Configuration and hardware",
+    optionTable("Layer", {checkpoint, layer, experts: trace.experts, top_k: trace.top_k, router, input}),
+    optionTable("Machine", data.machine));
 }
 
 function exampleSections() {
