@@ -77,7 +77,7 @@ function hierarchySection() {
 }
 
 function stepSection(step) {
-  const vector = (numbers) => `[${numbers.map((n) => n.toFixed(4)).join(", ")}${step.more ? ", …" : ""}]`;
+  const vector = (numbers) => `[${numbers.map((n) => n == null ? "nan" : n.toFixed(4)).join(", ")}${step.more ? ", …" : ""}]`;
   const place = (choice) => choice.place == null ? "–" : `${choice.place} of ${step.capacity}`;
   const rows = step.choices.map((c) => [`expert ${c.expert}`, c.probability, c.weight, c.fate, place(c), c.row ?? "–",
                                         c.output ? vector(c.output) : "–"]);
