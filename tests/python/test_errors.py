@@ -212,6 +212,8 @@ COMPAT = [
     (lambda: compat.Top2Gating(8, 4, second_policy_eval="some"), ValueError, "Top2Gating: second_policy_eval is 'some', expected one of all, none"),
     (lambda: compat.Top2Gating(8, 4, capacity_factor_train=0.0), ValueError, "Top2Gating: capacity_factor_train is 0.0, expected a finite number above 0"),
     (lambda: compat.Top2Gating(8, 4)(torch.randn(2, 7)), ValueError, r"Top2Gating: x has shape \[2, 7\]"),
+    (lambda: compat.MoE(8, 4, activation="relu"), TypeError, "Experts: activation is 'relu', expected a class or function that makes"),
+    (lambda: compat.Experts(8, activation=nn.ReLU()), TypeError, r"Experts: activation is ReLU\(\), expected a class"),
     (lambda: compat.Experts(8, num_experts=(4, 0)), ValueError, "Experts: num_experts is 0, expected at least 1"),
     (lambda: compat.Experts(8, activation=nn.Tanh)(X, IDS, WEIGHTS), TypeError, "Experts: act is Tanh, expected ReLU, GELU or SiLU"),
     (lambda: compat.MoE(8, 4, loss_coef=-1.0), ValueError, "MoE: loss_coef is -1.0, expected a finite number of at least 0"),

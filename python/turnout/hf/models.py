@@ -41,8 +41,8 @@ def patch(model: Model) -> Model:
     if any(uses_interface(module) for module in found.values()):
         if not hasattr(model, "set_experts_implementation"):
             raise TypeError(
-                f"turnout.hf: {type(model).__name__} is a part of a model, expected the whole: which experts run is a "
-                "word in the config that its parts share"
+                f"turnout.hf: {type(model).__name__} has no set_experts_implementation; expected a model of "
+                "transformers, neither a part of one nor a module around it"
             )
         _use_interface(model)
     for module in found.values():
