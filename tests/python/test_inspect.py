@@ -82,7 +82,9 @@ def test_policies_agree_with_the_package(policy, sizes):
 
 
 def test_tensors_too_large_to_make_are_counted():
-    stages = numbers("--view", "stages", "--batch", 1, "--sequence", 65536)["stages"]
+    found = numbers("--view", "stages", "--batch", 1, "--sequence", 65536)
+    assert list(found) == ["options", "stages"]
+    stages = found["stages"]
     # 65,536 tokens, 4 experts, floor(1.25 · 65,536 / 4) places: 21 GB, were it made
     assert stages["dispatch_tensor_numbers"] == 65536 * 4 * 20480
     assert stages["dispatch_tensor_ones"] == stages["rows"]
