@@ -154,12 +154,19 @@ void refuse_idle(const CLI::App& app, const InspectOptions& o) {
   for (const CLI::Option* option : app.get_options())
     TORCH_CHECK_VALUE(!of_layer || option->count() == 0 || option->get_group() != kOfExample, option->get_name(),
                       " is an option of the drawn example: it says nothing of --checkpoint");
+  for (const char* flag : {"--checkpoint", "--text", "--html"})
+    TORCH_CHECK_VALUE(!given(flag) || !app.get_option(flag)->as<std::string>().empty(), flag,
+                      " is empty, expected a path");
+  const auto views = [&](const char* view) { return std::find(o.views.begin(), o.views.end(), view) != o.views.end(); };
+  for (const char* flag : {"--minimum-capacity", "--drop-order"})
+    TORCH_CHECK_VALUE(!given(flag) || !(o.hierarchical || views("hierarchy")), flag,
+                      " does not reach the hierarchical view, whose levels keep 4 places and drop by choice");
   for (const char* flag : {"--policy", "--threshold", "--hierarchical", "--inner"})
     TORCH_CHECK_VALUE(o.example.gshard() || !given(flag), flag, " belongs to --router gshard, but --router is '",
                       o.example.router, "'");
   for (const char* view : {"policies", "hierarchy"})
-    TORCH_CHECK_VALUE(o.example.gshard() || std::find(o.views.begin(), o.views.end(), view) == o.views.end(),
-                      "--view ", view, " belongs to --router gshard, but --router is '", o.example.router, "'");
+    TORCH_CHECK_VALUE(o.example.gshard() || !views(view), "--view ", view,
+                      " belongs to --router gshard, but --router is '", o.example.router, "'");
 }
 
 }  // namespace

@@ -7,6 +7,10 @@
 #include <ATen/Functions.h>
 #include <c10/util/Exception.h>
 
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
 #include <cmath>
 
 namespace turnout::cli {
@@ -21,6 +25,9 @@ void check_size(const char* option, int64_t value, int64_t least = 1) {
 }
 
 void check_router(const ExampleOptions& o) {
+  const std::vector<std::string> names = router_preset_names();
+  TORCH_CHECK_VALUE(std::find(names.begin(), names.end(), o.router) != names.end(), "--router is '", o.router,
+                    "', expected one of ", fmt::format("{}", fmt::join(names, ", ")));
   const RouterOptions router = router_preset(o.router);
   try {
     turnout::check(router, o.top_k, o.experts);
@@ -28,6 +35,15 @@ void check_router(const ExampleOptions& o) {
     TORCH_CHECK_VALUE(false, "--router ", o.router, " does not fit --experts ", o.experts, " --top-k ", o.top_k, ": ",
                       error.what_without_backtrace());
   }
+}
+
+/// The experts' buffers, places by places.
+void check_places(const ExampleOptions& o, int64_t ffn) {
+  check_size("--minimum-capacity", o.minimum, 0);
+  const int64_t places = expert_capacity(capacity_of(o), o.group(), o.top_k, o.experts);
+  const int64_t widest = std::max({o.hidden, ffn, o.inner});
+  TORCH_CHECK_VALUE(o.experts * (o.tokens() / o.group()) <= kMostNumbers / places / widest, "capacity is ", places,
+                    " places an expert, too many to look at: lower --minimum-capacity or --capacity-factor");
 }
 
 Routing rows_of(const Routing& routing) {
@@ -57,7 +73,7 @@ void check(const ExampleOptions& o) {
                     ", expected 0 or more");
   TORCH_CHECK_VALUE(std::isfinite(o.factor) && o.factor > 0 && o.factor <= 1e6, "--capacity-factor is ", o.factor,
                     ", expected more than 0");
-  TORCH_CHECK_VALUE(o.minimum >= 0, "--minimum-capacity is ", o.minimum, ", expected 0 or more");
+  check_places(o, ffn);
 }
 
 CapacityOptions capacity_of(const ExampleOptions& o) {

@@ -38,7 +38,9 @@ Json layer_step_json(MoE moe, const at::Tensor& x, int64_t token) {
                   }};
   limit(passage, o, x.size(-2));
   Json json = passage_json(passage, token);
-  json["weights"] = weights_rule(o.router) + (moe->selection_bias.defined() ? "; chosen by probability + bias" : "");
+  json["weights"] = weights_rule(o.router);
+  if (moe->selection_bias.defined())
+    json["chosen_by"] = o.router.score == ScoreFunction::sigmoid ? "sigmoid + bias" : "probability + bias";
   if (!moe->shared) return json;
   const at::Tensor row = passage.x.narrow(0, token, 1);
   json["shared"] = {{"output", first_numbers(moe->shared->forward(row)[0])},

@@ -27,7 +27,9 @@ std::string takers_text(const Json& takers, const Style& style) {
     const std::string head =
         fmt::format("  expert {:<3} {:>4.1f} % ", taker["expert"].get<int64_t>(), 100 * taker["share"].get<double>());
     const std::string indent(head.size(), ' ');
-    text += head + "bytes  " + fitting(taker["bytes"], kLineWidth - head.size() - 7) + "\n";
+    const Json& bytes = taker["bytes"];
+    text += head + "bytes  " +
+            (bytes.empty() ? "none more often than others" : fitting(bytes, kLineWidth - head.size() - 7)) + "\n";
     if (!taker["words"].empty())
       text += indent + "words  " + fitting(taker["words"], kLineWidth - head.size() - 7) + "\n";
     for (const Json& example : taker["examples"])

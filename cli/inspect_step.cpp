@@ -14,11 +14,12 @@ constexpr int64_t kNumbersShown = 4;  // of a vector of width hidden
 /// What decided whether the second expert stays.
 Json policy_json(const ExampleOptions& o, double gate_2, double uniform) {
   Json json = {{"policy", to_string(o.policy)}};
-  if (o.policy == SecondPolicy::threshold || o.policy == SecondPolicy::random) json["threshold"] = o.threshold;
+  if (o.policy == SecondPolicy::threshold) json["threshold"] = o.threshold;
   json["gate_2"] = gate_2;
   if (o.policy == SecondPolicy::random) {
     json["uniform"] = uniform;
-    json["chance"] = std::min(1.0, gate_2 / std::max(o.threshold, Top2Options().epsilon));
+    json["threshold"] = std::max(o.threshold, Top2Options().epsilon);
+    json["chance"] = std::min(1.0, gate_2 / json["threshold"].get<double>());
   }
   return json;
 }
@@ -59,8 +60,10 @@ void check_step(int64_t token, int64_t tokens) {
 }
 
 std::string weights_rule(const RouterOptions& options) {
-  std::string rule = options.weights == RouterWeights::normalized    ? "the probabilities, divided by their sum"
-                     : options.weights == RouterWeights::probability ? "the probabilities themselves"
+  // Probabilities sum to 1 over the experts, which sigmoids do not.
+  const std::string scores = options.score == ScoreFunction::sigmoid ? "sigmoids of the logits" : "probabilities";
+  std::string rule = options.weights == RouterWeights::normalized    ? "the " + scores + ", divided by their sum"
+                     : options.weights == RouterWeights::probability ? "the " + scores + " themselves"
                                                                      : "softmax over the logits of the chosen";
   if (options.scale != 1.0) rule += fmt::format(", times {:g}", options.scale);
   return rule;

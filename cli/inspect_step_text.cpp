@@ -6,24 +6,25 @@
 namespace turnout::cli {
 namespace {
 
-constexpr size_t kLogitsShown = 8;
+constexpr size_t kLogitsShown = 21;  // three lines
 
 std::string vector_text(const Json& numbers, bool more) {
   std::string text;
-  for (const Json& number : numbers) text += fmt::format("{}{:.4f}", text.empty() ? "[" : ", ", number.get<double>());
+  for (const Json& number : numbers)
+    text.append(text.empty() ? "[" : ", ")
+        .append(number.is_null() ? "nan" : fmt::format("{:.4f}", number.get<double>()));
   return text + (more ? ", …]" : "]");
 }
 
 std::string scores_text(const Json& json) {
-  std::string text = "  gate    logits       ";
-  const auto row = [&](const char* name) {
-    std::string line;
+  const auto rows = [&](const char* head, const char* name) {
+    std::vector<std::string> words;
     for (size_t e = 0; e < std::min(json[name].size(), kLogitsShown); ++e)
-      line += fmt::format(" {:>7.4f}", json[name][e].get<double>());
-    return line + (json[name].size() > kLogitsShown ? " …" : "") + "\n";
+      words.push_back(fmt::format("{:>7.4f}", json[name][e].get<double>()));
+    if (json[name].size() > kLogitsShown) words.emplace_back("…");
+    return wrap(head, words);
   };
-  text += row("logits");
-  return text.append("          probabilities").append(row("scores"));
+  return rows("  gate    logits        ", "logits") + rows("          probabilities ", "scores");
 }
 
 std::string weights_text(const Json& json) {
@@ -34,6 +35,7 @@ std::string weights_text(const Json& json) {
                         choice["expert"].get<int64_t>(), choice["probability"].get<double>(),
                         choice["weight"].get<double>());
   if (json.contains("weights")) text += fmt::format("          weights: {}\n", json["weights"].get<std::string>());
+  if (json.contains("chosen_by")) text += fmt::format("          chosen by {}\n", json["chosen_by"].get<std::string>());
   if (json.contains("policy"))
     text += fmt::format("          weights: {:.4f} / {:.4f} and {:.4f} / {:.4f}, what both are together\n",
                         json["choices"][0]["probability"].get<double>(), json["probability_of_chosen"].get<double>(),
@@ -75,17 +77,18 @@ std::string slots_text(const Json& json, const Style& style) {
 }
 
 std::string combine_text(const Json& json, bool more) {
-  std::string text, sum;
+  std::string text;
+  std::vector<std::string> sum;
   const auto add = [&](double weight, const std::string& name, const Json& output) {
     text += fmt::format("  expert  {} = {}\n", name, vector_text(output, more));
-    sum += fmt::format("{}{:.4f} * {}", sum.empty() ? "" : " + ", weight, name);
+    sum.push_back(fmt::format("{}{:.4f} * {}", sum.empty() ? "" : "+ ", weight, name));
   };
   for (const Json& choice : json["choices"])
     if (choice["fate"] == "kept")
       add(choice["weight"].get<double>(), fmt::format("{}(x)", choice["expert"].get<int64_t>()), choice["output"]);
   if (json.contains("shared")) add(json["shared"]["gate"].get<double>(), "shared(x)", json["shared"]["output"]);
-  if (sum.empty()) sum = "nothing: the token passes by the residual";
-  return text + fmt::format("  combine {}\n        = {}\n", sum, vector_text(json["output"], more));
+  if (sum.empty()) sum.emplace_back("nothing: the token passes by the residual");
+  return text + wrap("  combine ", sum) + fmt::format("        = {}\n", vector_text(json["output"], more));
 }
 
 }  // namespace

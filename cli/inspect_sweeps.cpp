@@ -92,7 +92,7 @@ Json capacity_json(const Example& example, const std::vector<double>& factors) {
 Json collapse_json(const Example& example) {
   const ExampleOptions& o = example.options;
   const int64_t tokens = o.tokens();
-  const int64_t places = expert_capacity(capacity_of(o), o.group(), 2, o.experts);
+  const int64_t places = expert_capacity(capacity_of(o), o.group(), o.top_k, o.experts);
   Json list = Json::array();
   // Tokens move by whole turns of the experts: fewer turns, fewer steps.
   const int64_t steps = std::clamp<int64_t>(tokens / o.experts, 1, kMostSteps);

@@ -51,7 +51,7 @@ at::Tensor TextWindows::tokens() const {
 TextWindows windows_of(const std::string& text, int64_t length, int64_t batch, int64_t bytes) {
   TORCH_CHECK_VALUE(!text.empty(), "the text is empty, expected at least one byte");
   const auto size = static_cast<int64_t>(text.size());
-  TextWindows windows{.text = {}, .length = std::min(length, size)};
+  TextWindows windows{.text = {}, .length = std::min({length, size, bytes})};
   int64_t count = std::max<int64_t>(1, std::min(size, bytes) / windows.length);
   if (count > batch) count -= count % batch;
   const int64_t room = size - windows.length;

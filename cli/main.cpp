@@ -25,6 +25,8 @@
 
 namespace {
 
+constexpr const char* kNoMemory = "not enough memory for these sizes";
+
 int fail(int status, const std::string& message) {
   const auto rank = turnout::cli::rank_of_process();
   std::string line = message.starts_with("turnout: ") ? message : "turnout: " + message;
@@ -99,9 +101,10 @@ int run(int argc, char** argv) {
   } catch (const turnout::FileError& error) {
     return fail(2, error.what());
   } catch (const c10::Error& error) {
-    return fail(2, error.what_without_backtrace());
+    const std::string message = error.what_without_backtrace();  // torch's allocator throws no std::bad_alloc
+    return fail(2, message.find("can't allocate memory") == std::string::npos ? message : kNoMemory);
   } catch (const std::bad_alloc&) {
-    return fail(2, "not enough memory for these sizes");
+    return fail(2, kNoMemory);
   } catch (const std::exception& error) {
     return fail(1, error.what());
   }

@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 
-def positive_int(owner: str, **values: object) -> None:
+@contextmanager
+def types_of(owner: str) -> Iterator[None]:
+    """What torch says of an argument whose Python type an op does not take becomes a TypeError in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        first = str(error).split("\n", 1)[0]
+        _, found, said = first.partition("() Expected a value of type ")
+        if not found:
+            raise
+        raise TypeError(f"{owner}: expected a value of type {said}") from error
+
+
+def integer(owner: str, **values: object) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{owner}: {name} is {value!r}, expected an integer")
+
+
+def positive_int(owner: str, **values: object) -> None:
+    integer(owner, **values)
+    for name, value in values.items():
         if value < 1:
             raise ValueError(f"{owner}: {name} is {value}, expected at least 1")
 
@@ -51,6 +71,13 @@ def module(owner: str, **values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, nn.Module):
             raise TypeError(f"{owner}: {name} is a {type(value).__name__}, expected a torch.nn.Module")
+
+
+def function(owner: str, **values: object) -> None:
+    """Each is None, or can be called."""
+    for name, value in values.items():
+        if value is not None and not callable(value):
+            raise TypeError(f"{owner}: {name} is {value!r}, expected a function")
 
 
 def of_tokens(owner: str, name: str, tensor: object, x: Tensor) -> None:

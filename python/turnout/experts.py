@@ -109,7 +109,8 @@ def prepack(
     It carries no gradient: call under torch.no_grad() or with inputs that need none. Call it outside of compiled code.
     Raises ValueError or TypeError for weights that do not fit together.
     """
-    lists = [_as_list(*pair) for pair in (("up", up), ("down", down), ("up_bias", up_bias), ("down_bias", down_bias))]
+    named = (("up", up), ("down", down), ("up_bias", up_bias), ("down_bias", down_bias))
+    lists = [_as_list(name, weights, "turnout.prepack") for name, weights in named]
     lists = [[t.detach() for t in tensors] for tensors in lists]
     layout, num_experts, ffn = torch.ops.turnout.packed_layout(*lists[:2], activation)
     data = torch.ops.turnout.prepack(*lists[:2], activation) if layout else None
@@ -119,18 +120,23 @@ def prepack(
     return packed
 
 
-def _as_list(name: str, weights: Weights | None) -> list[Tensor]:
+def _as_list(name: str, weights: Weights | None, owner: str = "turnout.fused_experts") -> list[Tensor]:
     if weights is None:
         return []
     if not isinstance(weights, (Tensor, Iterable)):
         raise TypeError(
-            f"turnout.fused_experts: {name} is a {type(weights).__name__}, expected a tensor or a list of tensors"
+            f"{owner}: {name} is a {type(weights).__name__}, expected a tensor or a list of tensors"
+        )
+    axes = 2 if name.endswith("bias") else 3
+    if isinstance(weights, Tensor) and weights.dim() != axes:
+        raise ValueError(
+            f"{owner}: {name} has shape {list(weights.shape)}, expected {axes} axes, the first of them the experts"
         )
     tensors = [weights] if isinstance(weights, Tensor) else list(weights)
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             raise TypeError(
-                f"turnout.fused_experts: {name} holds a {type(tensor).__name__}, expected a tensor or a list of tensors"
+                f"{owner}: {name} holds a {type(tensor).__name__}, expected a tensor or a list of tensors"
             )
     return tensors
 

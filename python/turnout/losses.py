@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _checks as check
 from .ops import DispatchPlan, Routing
 
 LoadCount = Literal["per_assignment", "per_token", "first_choice"]
@@ -69,6 +70,7 @@ def balance_loss(
 
 
 def _total(owner: str, sums: Tensor, sum_over_ranks: SumOverRanks) -> Tensor:
+    check.function(f"turnout.{owner}", sum_over_ranks=sum_over_ranks)
     total = sum_over_ranks(sums.detach().clone())
     if not isinstance(total, Tensor):
         raise TypeError(

@@ -1,7 +1,8 @@
 """The stages as typed functions, one call of an op each.
 
 Shapes: T tokens, K choices of a token (top_k), E experts, D hidden, R rows. Arguments are checked by the ops: a
-ValueError or TypeError names the op, the argument, what it got and what was expected.
+ValueError or TypeError names the op, the argument, what it got and what was expected. What is of another Python type
+(a list or an array for a tensor, a float for an int) torch itself refuses, by a RuntimeError that names both types.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from . import _checks as check
 from .nn import CapacityOptions, MoE
 
 _ops = torch.ops.turnout
@@ -50,7 +51,8 @@ def load_moe_layer(folder: str | os.PathLike[str], layer: int, dtype: torch.dtyp
     Raises RuntimeError whose message lists every tensor that is missing, unused or of a wrong shape or type; ValueError
     for a layer without experts.
     """
-    names, tensors = _ops.load_moe_layer(os.fspath(folder), layer, dtype)
+    with check.types_of("turnout.load_moe_layer"):
+        names, tensors = _ops.load_moe_layer(os.fspath(folder), layer, dtype)
     moe = MoE(**pretrained_moe(folder).options, device="meta")
     moe.load_state_dict(dict(zip(names, tensors, strict=True)), assign=True)
     return moe
@@ -64,6 +66,7 @@ def published_tensors(
     folder: its config.json says which model it is. Raises ValueError for a layer without experts, a layout that the
     family does not have, or a module that is no layer of it.
     """
+    check.module("turnout.published_tensors", moe=moe)
     state = {name: tensor.detach() for name, tensor in moe.state_dict().items()}
     made = _ops.published_tensors(os.fspath(folder), layer, layout, list(state), list(state.values()))
     return dict(zip(*made, strict=True))
@@ -72,6 +75,7 @@ def published_tensors(
 def convert_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike[str], layout: KeyLayout) -> None:
     """Writes a whole checkpoint anew with its experts in another layout; all other tensors stay as they are.
 
+    target: a folder without a checkpoint, made where it does not exist
     What is quantised is decoded to bfloat16. Written are config.json, a shard for each MoE layer, one for all the rest,
     and the index; other files are not copied. Memory: that of one layer. Raises RuntimeError or ValueError.
     """

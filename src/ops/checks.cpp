@@ -13,6 +13,8 @@ void check_floating(const char* op, const char* name, const at::Tensor& tensor) 
   const auto type = tensor.scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, op, ": ",
                    name, " is ", type, ", expected float32, float64, bfloat16 or float16");
+  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, op, ": ", name, " is ", tensor.layout(),
+                   ", expected a dense tensor (Strided)");
 }
 
 void check_integer(const char* op, const char* name, const at::Tensor& tensor) {

@@ -101,6 +101,9 @@ def test_capacity_and_slots_compile() -> None:
 
 
 LAYERS = {
+    "MoeLayer": lambda: compat.MoeLayer(
+        [torch.nn.Linear(HIDDEN, HIDDEN) for _ in range(EXPERTS)], torch.nn.Linear(HIDDEN, EXPERTS), 2
+    ),
     "SimpleMoELayer": lambda: compat.SimpleMoELayer(HIDDEN, EXPERTS, 2),
     "MoELayer": lambda: compat.MoELayer(HIDDEN, EXPERTS, 2, alpha=0.5),
     "MixtureOfExperts": lambda: compat.MixtureOfExperts(HIDDEN, compat.MoEConfig(EXPERTS, 2)),

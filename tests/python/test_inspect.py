@@ -2,10 +2,13 @@
 
 import json
 import math
+import shutil
 
 import mixture_of_experts.mixture_of_experts as oracle
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from program import TINY, on_terminal, refuses, turnout
 
@@ -43,7 +46,8 @@ def package(policy, factor, **sizes):
 
 def test_text_has_every_part_within_80_columns():
     for arguments in [], ["--hierarchical"], ["--experts", 64, "--sequence", 32], ["--step", 3], \
-            ["--router", "mixtral", "--top-k", 3, "--experts", 8]:
+            ["--router", "mixtral", "--top-k", 3, "--experts", 8], \
+            ["--router", "mixtral", "--top-k", 9, "--experts", 40, "--step", 3]:
         output = inspect(*arguments)
         assert "\033" not in output
         assert max(map(len, output.splitlines())) <= 80, [line for line in output.splitlines() if len(line) > 80]
@@ -75,6 +79,13 @@ def test_policies_agree_with_the_package(policy, sizes):
     choices = 2 if policy == "all" else 1
     tokens = dispatch.shape[0] * dispatch.shape[1]
     assert found[policy]["dropped"] == choices * tokens - dispatch.sum().item()
+
+
+def test_tensors_too_large_to_make_are_counted():
+    stages = numbers("--view", "stages", "--batch", 1, "--sequence", 65536)["stages"]
+    # 65,536 tokens, 4 experts, floor(1.25 · 65,536 / 4) places: 21 GB, were it made
+    assert stages["dispatch_tensor_numbers"] == 65536 * 4 * 20480
+    assert stages["dispatch_tensor_ones"] == stages["rows"]
 
 
 def test_threshold_and_random_keep_what_their_rules_say():
@@ -137,6 +148,17 @@ def test_a_step_shows_the_numbers_of_its_token():
         assert step["logits"] == pytest.approx((row @ gate).tolist(), rel=1e-4, abs=1e-5)
 
 
+def test_a_threshold_of_0_divides_by_the_least_number():
+    text = inspect("--policy", "random", "--threshold", 0, "--step", 3)
+    assert "/ 1e-09 is true: the second expert stays" in text
+
+
+def test_collapse_has_the_places_of_the_other_tables():
+    found = numbers("--router", "mixtral", "--top-k", 1, "--capacity-factor", 1)
+    assert found["stages"]["capacity"] == 4  # ceil(1 · 16 · 1 / 4)
+    assert [step["dropped"] for step in found["collapse"]] == [max(0, step["wanted"][0] - 4) for step in found["collapse"]]
+
+
 def test_a_step_tells_drops_and_what_a_policy_left_out():
     fates = {choice["fate"] for token in numbers("--policy", "threshold", "--threshold", 0.3, "--sequence", 16,
                                                  "--capacity-factor", 0.5)["tokens"] for choice in token["choices"]}
@@ -174,7 +196,11 @@ def test_other_routers_and_orders():
     ("--batch 60000 --sequence 60000", "too many tokens"),
     ("--experts 60000 --inner 60000", "too many experts"),
     ("--policy some", "'some', expected one of all, none, threshold, random"),
-    ("--router best", "'best', expected one of"),
+    ("--router best", "--router is 'best', expected one of mixtral"),
+    ("--minimum-capacity 9223372036854775807", "--minimum-capacity is 9223372036854775807, expected 0 to 65536"),
+    ("--minimum-capacity 65536 --batch 60 --experts 60", "too many to look at: lower --minimum-capacity"),
+    ("--hierarchical --drop-order score", "--drop-order does not reach the hierarchical view"),
+    ("--view hierarchy --minimum-capacity 1", "--minimum-capacity does not reach the hierarchical view"),
     ("--router deepseek_v3", "groups"),
     ("--top-k 3", "--top-k is 3, expected 2 with --router gshard"),
     ("--router mixtral --top-k 9", "--top-k is 9, expected 1 to the number of experts, 4"),
@@ -201,6 +227,11 @@ def test_other_routers_and_orders():
 def test_bad_input_is_one_line_and_status_2(arguments, words, tmp_path):
     assert words in refuses("inspect", *arguments.split(), cwd=tmp_path)
     assert list(tmp_path.iterdir()) == [], "nothing may be written"
+
+
+def test_an_empty_path_is_refused():
+    for arguments in ["--checkpoint", ""], ["--html", ""], ["--checkpoint", "no/such/folder", "--text", ""]:
+        assert f"{arguments[-2]} is empty, expected a path" in refuses("inspect", *arguments)
 
 
 def test_a_terminal_gets_colour_unless_no_color_is_set():
@@ -272,6 +303,35 @@ def test_steps_through_a_trained_layer_are_those_of_its_trace(checkpoint, tmp_pa
                                                                   tmp_path / "text", "--step", 3)
 
 
+def test_no_more_tokens_than_asked_for(checkpoint):
+    folder, book = checkpoint
+    layer = numbers("--checkpoint", folder, "--layer", 1, "--text", book, "--tokens", 3)["layer"]
+    assert layer["trace"]["tokens"] == 3
+    few = inspect("--checkpoint", folder, "--layer", 1, "--text", book, "--tokens", 3)
+    assert few.count("bytes  none more often than others") == 4
+
+
+def spoiled(folder, part, to):
+    """The checkpoint with NaN in the tensors of layer 1 whose name holds `part`."""
+    shutil.copytree(folder, to)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+        tensors = {name: file.get_tensor(name) for name in names}
+        found = [name for name in names if "layer_1" in name and part in name]
+        assert found
+        save_file(tensors | {name: tensors[name] * math.nan for name in found}, to / "model.safetensors", file.metadata())
+    return to
+
+
+def test_weights_that_are_no_numbers(checkpoint, tmp_path):
+    folder, book = checkpoint
+    gate = spoiled(folder, "gate", tmp_path / "gate")
+    for fed in [], ["--text", book]:
+        assert "router logits that are NaN" in refuses("inspect", "--checkpoint", gate, "--layer", 1, *fed)
+    experts = spoiled(folder, "down", tmp_path / "experts")
+    assert "[nan, nan, nan, nan, …]" in inspect("--checkpoint", experts, "--layer", 1, "--tokens", 9, "--step", 3)
+
+
 def test_a_trained_layer_on_random_rows(checkpoint):
     folder, _ = checkpoint
     trace = numbers("--checkpoint", folder, "--layer", 1, "--tokens", 100)["layer"]["trace"]
@@ -287,9 +347,26 @@ def test_layers_and_folders_that_do_not_fit_are_refused(checkpoint, tmp_path):
     assert "--tokens is 0" in refuses("inspect", "--checkpoint", folder, "--layer", 1, "--tokens", 0)
     empty = tmp_path / "empty"
     empty.write_text("")
-    assert "the text is empty" in refuses("inspect", "--checkpoint", folder, "--layer", 1, "--text", empty)
+    assert f"{empty}: the text is empty" in refuses("inspect", "--checkpoint", folder, "--layer", 1, "--text", empty)
     (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
     assert str(tmp_path / "config.json") in refuses("inspect", "--checkpoint", tmp_path)
+
+
+def test_a_router_of_sigmoids_says_so(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.DeepseekV3Config(
+        hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=64, n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2,
+        first_k_dense_replace=0, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
+    transformers.DeepseekV3ForCausalLM(config).save_pretrained(tmp_path)
+    step = numbers("--checkpoint", tmp_path, "--tokens", 20, "--step", 7)["layer"]["step"]
+    kept = torch.sigmoid(torch.tensor([step["logits"][choice["expert"]] for choice in step["choices"]]))
+    weights = [choice["weight"] for choice in step["choices"]]
+    assert weights == pytest.approx((2.5 * kept / kept.sum()).tolist(), rel=1e-5)
+    output = inspect("--checkpoint", tmp_path, "--tokens", 20, "--step", 7)
+    assert "weights: the sigmoids of the logits, divided by their sum, times 2.5" in output
+    assert "chosen by sigmoid + bias" in output
+    assert max(len(line) for line in output.splitlines() if str(tmp_path) not in line) <= 80
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen2Moe", "Qwen3Moe"])

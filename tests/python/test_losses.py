@@ -151,6 +151,8 @@ def test_a_sum_over_ranks_that_returns_nothing_is_named(loss) -> None:
     arguments = (logits,) if loss == "z_loss" else (logits.softmax(-1), logits.argsort()[:, :2])
     with pytest.raises(TypeError, match=f"turnout.{loss}: sum_over_ranks returned a NoneType, expected the sum"):
         getattr(turnout, loss)(*arguments, sum_over_ranks=lambda own: None)
+    with pytest.raises(TypeError, match=f"turnout.{loss}: sum_over_ranks is 2, expected a function"):
+        getattr(turnout, loss)(*arguments, sum_over_ranks=2)
 
 
 def test_accumulation_steps_pool() -> None:

@@ -81,6 +81,29 @@ def test_every_chart_is_drawn_and_nothing_else_happens(page, request, which, sch
         page.screenshot(pathlib.Path(folder) / f"{which}-{scheme}.png")
 
 
+def test_the_page_of_a_layer(page, comparison, tmp_path):
+    file = tmp_path / "layer.html"
+    done = turnout("inspect", "--checkpoint", comparison / "moe", "--layer", 1, "--text", comparison.parent / "text" / "page0.txt",
+                   "--step", 3, "--html", file)
+    assert done.returncode == 0, done.stderr
+    show(page, file)
+    assert page.evaluate("[...document.querySelectorAll('section')].map(s => s.id)") \
+        == ["layer", "step", "capacity", "takers", "configuration"]
+    written = page.evaluate("document.getElementById('configuration').textContent")
+    assert str(comparison / "moe") in written and "processor" in written
+    assert "Weights: the probabilities, divided by their sum." in page.evaluate("document.getElementById('step').textContent")
+    expect_quiet(page, file)
+
+
+def test_the_page_of_a_step_tells_what_the_policy_asks(page, tmp_path):
+    for policy, words in ("threshold", "0.3926 > 0.4."), ("random", "< 0.3926 / 0.4."), ("all", "Second expert: all."):
+        file = tmp_path / f"{policy}.html"
+        assert turnout("inspect", "--step", 3, "--policy", policy, "--threshold", 0.4, "--html", file).returncode == 0
+        show(page, file)
+        assert words in page.evaluate("document.getElementById('step').textContent")
+        expect_quiet(page, file)
+
+
 def test_each_chart_has_words_and_numbers_for_those_who_do_not_see_it(page, comparison):
     show(page, comparison / "report.html")
     assert page.evaluate(f"[...{CHARTS}].every(c => c.getAttribute('role') === 'img' && c.getAttribute('aria-label').length > 20)")

@@ -118,6 +118,15 @@ def test_switch_weights_are_the_largest_probability(dtype) -> None:
     assert int(capped.dropped) > 0
 
 
+def test_gshard_weighs_as_top2_gating_that_keeps_both() -> None:
+    """route_top2 itself is compared with the package mixture-of-experts in test_gshard_oracle.py."""
+    logits = torch.randn(TOKENS, EXPERTS)
+    routing = turnout.route(logits, 2, **turnout.router_preset("gshard"))
+    both = turnout.route_top2(logits, "all")
+    assert torch.equal(routing.topk_ids, both.topk_ids)
+    assert_close(routing.topk_weights, both.topk_weights, terms=2)
+
+
 def test_every_preset_is_named_and_complete() -> None:
     names = turnout.router_preset_names()
     assert {case.split()[0] for case in FAMILIES} | {"switch", "gshard", "noisy_topk"} == set(names)

@@ -22,17 +22,20 @@ RANKS, HIDDEN = 2, 8
 
 
 class Model(nn.Module):
-    """Two layers; the second one's experts are more than the ranks, and no multiple of them."""
+    """Three layers; the second one's experts are more than the ranks, and no multiple of them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first = turnout.MoE(HIDDEN, 6, 4, activation="swiglu", shared_ffn=5, shared_gated=True)
         self.second = turnout.MoE(HIDDEN, 6, 5, 1, router="switch", z_coefficient=1e-3)
+        sure = {"policy_train": "all"}  # nothing at random
+        self.third = turnout.HierarchicalMoE(HIDDEN, 6, (2, 2), gating=sure)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         first = self.first(x)
         second = self.second(x + first.output)
-        return (x + second.output).square().mean() + first.aux_loss + second.aux_loss
+        third = self.third(x + second.output)
+        return (x + third.output).square().mean() + first.aux_loss + second.aux_loss + third.aux_loss
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -75,7 +78,7 @@ def main(rank: int, file: str) -> None:
 
     mesh = init_device_mesh("cpu", (RANKS,))
     model = copy.deepcopy(start)
-    for layer in (model.first, model.second):
+    for layer in (model.first, model.second, model.third):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     assert all(isinstance(p, DTensor) for p in model.parameters())

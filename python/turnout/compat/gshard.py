@@ -60,6 +60,11 @@ class Experts(nn.Module):
         check.positive_int("turnout.compat.Experts", dim=dim, hidden_dim=hidden_dim)
         for size in outer:
             check.positive_int("turnout.compat.Experts", num_experts=size)
+        if isinstance(activation, nn.Module) or not callable(activation):
+            raise TypeError(
+                f"turnout.compat.Experts: activation is {activation!r}, expected a class or function that makes the "
+                "module, such as torch.nn.ReLU"
+            )
         self.w1 = _uniform((*outer, dim, hidden_dim))
         self.w2 = _uniform((*outer, hidden_dim, dim))
         self.act = activation()

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from .. import _checks as check
 from .banks import IMPLEMENTATION, bank_of, packed_of, uses_interface
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -38,6 +39,11 @@ def patch(model: Model) -> Model:
         if uses_interface(module) and packed_of(module) is None:
             bank_of(module)
     if any(uses_interface(module) for module in found.values()):
+        if not hasattr(model, "set_experts_implementation"):
+            raise TypeError(
+                f"turnout.hf: {type(model).__name__} has no set_experts_implementation; expected a model of "
+                "transformers, neither a part of one nor a module around it"
+            )
         _use_interface(model)
     for module in found.values():
         if is_switch(module):
@@ -68,6 +74,7 @@ def unpatch(model: Model) -> Model:
 
 def experts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The experts modules that Turnout can run, by name."""
+    check.module("turnout.hf", model=model)
     for name, module in model.named_modules():
         if uses_interface(module) or is_switch(module):
             yield name, module

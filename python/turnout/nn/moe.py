@@ -178,9 +178,13 @@ class MoE(nn.Module):
         self.hidden, self.num_experts, self.top_k = hidden, num_experts, top_k
         self.selection, self.hash_seed = selection, hash_seed
         self.router = _switches(selection, router)
-        none = ops.route(torch.zeros(0, num_experts), top_k, **self.router)  # raises for impossible switches
         self.capacity = _capacity(selection, capacity)
-        self.capacity.apply(none, num_experts, 0)
+        with check.types_of(_NAME):  # impossible switches raise, and those of a wrong type
+            none = ops.route(torch.zeros(0, num_experts), top_k, **self.router)
+            self.capacity.apply(none, num_experts, 0)
+            routers.jitter(torch.zeros(0), jitter)
+        check.integer(_NAME, hash_seed=hash_seed)
+        check.function(_NAME, sum_over_ranks=sum_over_ranks)
         self.load_count = load_count
         self.balance_coefficient, self.z_coefficient = balance_coefficient, z_coefficient
         self.sum_over_ranks = sum_over_ranks
@@ -197,7 +201,6 @@ class MoE(nn.Module):
         bias_made = torch.zeros(num_experts, dtype=torch.float32, device=device) if selection_bias else None
         self.register_buffer("selection_bias", bias_made)
         self.jitter, self.jitter_experts = jitter, jitter_experts
-        routers.jitter(torch.zeros(0), jitter)  # raises for an impossible amount
         self.noise_gate = Gate(hidden, num_experts, bias=False, **where) if noisy else None
         if self.noise_gate is not None:
             nn.init.zeros_(self.noise_gate.weight)

@@ -226,7 +226,14 @@ def test_errors_arrive_in_words(tmp_path: Path) -> None:
     save(make_model("qwen3_moe"), tmp_path, "fused")
     with pytest.raises(ValueError, match="layer 9 of this qwen3_moe holds no experts, expected one of 0, 1"):
         turnout.load_moe_layer(tmp_path, 9)
+    with pytest.raises(TypeError, match="load_moe_layer: expected a value of type 'int' for argument 'layer'"):
+        turnout.load_moe_layer(tmp_path, "0")
+    with pytest.raises(TypeError, match="published_tensors: moe is a dict, expected a torch.nn.Module"):
+        turnout.published_tensors({}, tmp_path, 0, "fused")
     with pytest.raises(ValueError, match="layout of keys is 'new', expected one of per_expert, fused"):
         turnout.convert_checkpoint(tmp_path, tmp_path / "x", "new")
     with pytest.raises(ValueError, match="expected another folder than from"):
         turnout.convert_checkpoint(tmp_path, tmp_path, "fused")
+    turnout.convert_checkpoint(tmp_path, tmp_path / "x", "per_expert")
+    with pytest.raises(RuntimeError, match="x: holds a checkpoint already"):
+        turnout.convert_checkpoint(tmp_path, tmp_path / "x", "fused")

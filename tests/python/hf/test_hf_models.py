@@ -289,6 +289,14 @@ def test_models_without_experts_are_refused() -> None:
         turnout.hf.patch(nn.Linear(2, 2))
 
 
+def test_what_is_no_whole_model_is_refused() -> None:
+    for call in (turnout.hf.patch, turnout.hf.unpatch, turnout.hf.prepack, turnout.hf.unpack):
+        with pytest.raises(TypeError, match="turnout.hf: model is a str, expected a torch.nn.Module"):
+            call("mixtral")
+    with pytest.raises(TypeError, match="MixtralSparseMoeBlock has no set_experts_implementation; expected a model"):
+        turnout.hf.patch(make_model("mixtral").model.layers[0].mlp)
+
+
 def test_quantised_models_are_refused() -> None:
     model = make_model("mixtral")
     model.is_quantized = True
