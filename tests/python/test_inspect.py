@@ -2,10 +2,13 @@
 
 import json
 import math
+import shutil
 
 import mixture_of_experts.mixture_of_experts as oracle
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from program import TINY, on_terminal, refuses, turnout
 
@@ -306,6 +309,27 @@ def test_no_more_tokens_than_asked_for(checkpoint):
     assert layer["trace"]["tokens"] == 3
     few = inspect("--checkpoint", folder, "--layer", 1, "--text", book, "--tokens", 3)
     assert few.count("bytes  none more often than others") == 4
+
+
+def spoiled(folder, part, to):
+    """The checkpoint with NaN in the tensors of layer 1 whose name holds `part`."""
+    shutil.copytree(folder, to)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+        tensors = {name: file.get_tensor(name) for name in names}
+        found = [name for name in names if "layer_1" in name and part in name]
+        assert found
+        save_file(tensors | {name: tensors[name] * math.nan for name in found}, to / "model.safetensors", file.metadata())
+    return to
+
+
+def test_weights_that_are_no_numbers(checkpoint, tmp_path):
+    folder, book = checkpoint
+    gate = spoiled(folder, "gate", tmp_path / "gate")
+    for fed in [], ["--text", book]:
+        assert "router logits that are NaN" in refuses("inspect", "--checkpoint", gate, "--layer", 1, *fed)
+    experts = spoiled(folder, "down", tmp_path / "experts")
+    assert "[nan, nan, nan, nan, …]" in inspect("--checkpoint", experts, "--layer", 1, "--tokens", 9, "--step", 3)
 
 
 def test_a_trained_layer_on_random_rows(checkpoint):
