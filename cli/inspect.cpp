@@ -85,7 +85,7 @@ void inspect(InspectOptions& o) {
   const bool of_layer = !o.layer.checkpoint.empty();
   o.layer.seed = o.example.seed;
   o.layer.step = o.step;
-  const Json json = of_layer ? Json{{"layer", layer_json(o.layer)}} : inspect_example(o, o.json);
+  const Json json = of_layer ? Json{{"layer", layer_json(o.layer)}} : inspect_example(o, o.json && o.views.empty());
   const std::string head = of_layer ? "" : headline(o.example);
   if (!o.html.empty())
     write_page(o, of_layer ? json : inspect_example(o, true),
@@ -179,7 +179,7 @@ void add_inspect(CLI::App& program) {
   app->add_option("--step", o->step, "Walk this token from gate to output, numbers shown");
   app->add_option("--seed", o->example.seed, "Of weights and input")->check(kSeeds)->capture_default_str();
   app->add_option("--html", o->html, "File for a page with charts, which needs no network");
-  app->add_flag("--json", o->json, "All numbers as JSON on standard output");
+  app->add_flag("--json", o->json, "All numbers as JSON on standard output; with --view those of its parts");
   app->footer(
       "Examples:\n"
       "  turnout inspect\n"

@@ -79,12 +79,20 @@ Json step_of_text(ByteLanguageModel model, const MoE& moe, const LayerOptions& o
   return json;
 }
 
+/// Choices among logits that are not numbers mean nothing.
+void check_finite(const LayerTrace& trace, const LayerOptions& o) {
+  TORCH_CHECK_VALUE(trace.logits.isfinite().all().item<bool>(), o.checkpoint, ": layer ", o.layer,
+                    " has router logits that are NaN or infinite: its weights are damaged or the training diverged");
+}
+
 void add_random_rows(Json& json, const MoE& moe, const LayerOptions& o) {
   at::manual_seed(o.seed);
   // The layer stands behind a norm: its input has mean 0 and deviation 1.
   const at::Tensor x = at::randn({o.tokens, moe->options.hidden});
   json["input"] = fmt::format("{} random rows, normal with deviation 1", o.tokens);
-  json["trace"] = trace_json(trace_layer(moe, o.layer, x));
+  const LayerTrace trace = trace_layer(moe, o.layer, x);
+  check_finite(trace, o);
+  json["trace"] = trace_json(trace);
   if (!o.step) return;
   check_step(*o.step, o.tokens);
   json["step"] = {{"token", *o.step}};
@@ -97,6 +105,7 @@ void add_text(Json& json, ByteLanguageModel model, const MoE& moe, const LayerOp
   const TextWindows windows = windows_of(text, model->options.context, kWindowsACall, o.tokens);
   for (const LayerTrace& trace : trace_model(model, windows, kWindowsACall)) {
     if (trace.layer != o.layer) continue;
+    check_finite(trace, o);
     json["input"] =
         fmt::format("{} bytes of {} through the model, in windows of {}", windows.text.size(), o.text, windows.length);
     json["trace"] = trace_json(trace);

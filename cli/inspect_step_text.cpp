@@ -10,7 +10,9 @@ constexpr size_t kLogitsShown = 21;  // three lines
 
 std::string vector_text(const Json& numbers, bool more) {
   std::string text;
-  for (const Json& number : numbers) text += fmt::format("{}{:.4f}", text.empty() ? "[" : ", ", number.get<double>());
+  for (const Json& number : numbers)
+    text.append(text.empty() ? "[" : ", ")
+        .append(number.is_null() ? "nan" : fmt::format("{:.4f}", number.get<double>()));
   return text + (more ? ", …]" : "]");
 }
 

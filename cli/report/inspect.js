@@ -76,8 +76,16 @@ function hierarchySection() {
   section("hierarchy", "Two levels", element);
 }
 
+// Why the choices have their weights, and why the second expert stays or not.
+function ruleOf({weights, chosen_by, policy}) {
+  if (weights) return `Weights: ${weights}.${chosen_by ? ` Chosen by ${chosen_by}.` : ""}`;
+  const asked = {threshold: (p) => `: it stays where ${p.gate_2.toFixed(4)} > ${p.threshold}`,
+                 random: (p) => `: it stays where ${p.uniform.toFixed(4)} < ${p.gate_2.toFixed(4)} / ${p.threshold}`}[policy.policy];
+  return `Weights: the two probabilities, divided by their sum. Second expert: ${policy.policy}${asked ? asked(policy) : ""}.`;
+}
+
 function stepSection(step) {
-  const vector = (numbers) => `[${numbers.map((n) => n.toFixed(4)).join(", ")}${step.more ? ", …" : ""}]`;
+  const vector = (numbers) => `[${numbers.map((n) => n == null ? "nan" : n.toFixed(4)).join(", ")}${step.more ? ", …" : ""}]`;
   const place = (choice) => choice.place == null ? "–" : `${choice.place} of ${step.capacity}`;
   const rows = step.choices.map((c) => [`expert ${c.expert}`, c.probability, c.weight, c.fate, place(c), c.row ?? "–",
                                         c.output ? vector(c.output) : "–"]);
@@ -88,6 +96,7 @@ function stepSection(step) {
     table(`From x = ${vector(step.x)} to ${vector(step.output)}, the sum of the outputs by weight`,
       [["choice", null, "text"], ["probability", format.fixed(4)], ["weight", format.fixed(4)], ["fate", null, "text"],
        ["place", null, "text"], ["row of the plan", null, "text"], ["the expert's output", null, "text"]], rows),
+    note(ruleOf(step)),
     table("The gate", [["expert"], ["logit", format.fixed(4)], ["probability", format.fixed(4)]],
       step.logits.slice(0, 64).map((logit, e) => [e, logit, step.scores[e]])),
     step.logits.length > 64 ? note(`The first 64 of ${step.logits.length} experts.`) : null);

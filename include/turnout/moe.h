@@ -158,7 +158,7 @@ struct MoEOutput {
   Routing routing;      ///< after capacity
   DispatchPlan plan;
   at::Tensor dropped;   ///< scalar int64: choices that found no place; their tokens get zero from that expert
-  at::Tensor logits;    ///< [tokens, experts]: what the gate gave
+  at::Tensor logits;    ///< [tokens, experts]: what the gate gave, noise included
   at::Tensor balance_loss;  ///< scalar before its coefficient; undefined where it is not computed
   at::Tensor z_loss;        ///< scalar before its coefficient; undefined where that is 0
 };

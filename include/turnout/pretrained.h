@@ -70,7 +70,7 @@ std::map<std::string, at::Tensor> published_tensors(const MoE& moe, const std::s
 /// What is quantised is decoded to bfloat16, and quantization_config is dropped from config.json. Written are
 /// config.json, a shard for each MoE layer, one for all the rest, and the index; other files (tokenizers) are not
 /// copied. Memory: that of one layer.
-/// @param to a folder, made where it does not exist; not `from`
+/// @param to a folder, made where it does not exist; not `from`, nor one that holds a checkpoint already
 /// @throws FileError, c10::ValueError
 void convert_checkpoint(const std::string& from, const std::string& to, KeyLayout layout);
 

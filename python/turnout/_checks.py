@@ -29,6 +29,12 @@ def integer(owner: str, **values: object) -> None:
             raise TypeError(f"{owner}: {name} is {value!r}, expected an integer")
 
 
+def flag(owner: str, **values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{owner}: {name} is {value!r}, expected True or False")
+
+
 def positive_int(owner: str, **values: object) -> None:
     integer(owner, **values)
     for name, value in values.items():

@@ -75,6 +75,7 @@ def published_tensors(
 def convert_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike[str], layout: KeyLayout) -> None:
     """Writes a whole checkpoint anew with its experts in another layout; all other tensors stay as they are.
 
+    target: a folder without a checkpoint, made where it does not exist
     What is quantised is decoded to bfloat16. Written are config.json, a shard for each MoE layer, one for all the rest,
     and the index; other files are not copied. Memory: that of one layer. Raises RuntimeError or ValueError.
     """

@@ -108,7 +108,8 @@ def route_expert_choice(
 def sinkhorn(logits: Tensor, tolerance: float = 1e-4) -> Tensor:
     """exp(logits) [T, E] scaled so that rows sum to 1/T and columns to 1/E, in float32. Gradient: none.
 
-    Iterates until the mean change of the column factors is at most `tolerance`, as Megatron-LM does.
+    Iterates until the mean change of the column factors is at most `tolerance`, as Megatron-LM does, at most 1000
+    times. Rows with NaN or Inf take no part (0).
     """
     return _ops.sinkhorn(logits, tolerance)
 

@@ -53,11 +53,7 @@ class Backward {
         batches_(batches_of(items_, std::max(items_.empty() ? 0 : items_.front().rows, kBatchRows))) {
     plan_ring();
     plan_schedule();
-    Arena sizes(nullptr);
-    layout(sizes);
-    const Scratch scratch(sizes.used());
-    Arena arena(scratch.data());
-    layout(arena);
+    const auto scratch = Scratch::of([this](Arena& a) { layout(a); });
     fill(grad_y, grad_y_stride, parallel);
     schedule_.run(parallel, [this](const Task& t, int w) { run(t, m_.workers + w * worker_); });
   }

@@ -40,17 +40,6 @@ struct Memory {
   char* h;
   float* slots;
   char* workers;
-
-  Memory(Arena& arena, const Stages& s, const ExpertsProblem& q, int64_t h_rows_n, int64_t h_stride,
-         int64_t slot_stride, int64_t worker, int threads) {
-    x_rows = arena.take<const char*>(q.rows);
-    h_rows = arena.take<const char*>(h_rows_n);
-    weight = arena.take<float>(q.weight_before_down ? q.rows : 0);
-    copies = arena.take<char>(TokenRows::copied_bytes(s, q));
-    h = arena.take<char>(h_rows_n * h_stride);
-    slots = arena.take<float>(q.rows * slot_stride);
-    workers = arena.take<char>(worker * threads);
-  }
 };
 
 void forward_stages(const Stages& s, const ExpertsProblem& q, const PackedExperts* packed, void* y, void* saved_up,
@@ -76,18 +65,21 @@ void forward_stages(const Stages& s, const ExpertsProblem& q, const PackedExpert
   const int64_t h_stride = padded_row(q.ffn, s.panel, static_cast<size_t>(row_element(s, bf16)));
   const int64_t slot_stride = padded_row(q.hidden, s.panel, 4) / 4;
   const int64_t worker = worker_bytes(s, 0);
-  const auto layout = [&](Arena& a) {
-    return Memory(a, s, q, static_cast<int64_t>(ring) * ring_rows, h_stride, slot_stride, worker, threads);
-  };
-  Arena sizes(nullptr);
-  layout(sizes);
-  const Scratch scratch(sizes.used());
-  Arena arena(scratch.data());
-  const Memory m = layout(arena);
+  const int64_t h_rows = static_cast<int64_t>(ring) * ring_rows;
+  Memory m{};
+  const auto scratch = Scratch::of([&](Arena& a) {
+    m.x_rows = a.take<const char*>(q.rows);
+    m.h_rows = a.take<const char*>(h_rows);
+    m.weight = a.take<float>(q.weight_before_down ? q.rows : 0);
+    m.copies = a.take<char>(TokenRows::copied_bytes(s, q));
+    m.h = a.take<char>(h_rows * h_stride);
+    m.slots = a.take<float>(q.rows * slot_stride);
+    m.workers = a.take<char>(worker * threads);
+  });
 
   const TokenRows x(s, q, q.x, q.x_stride, m.copies, parallel);
   for (int64_t r = 0; r < q.rows; ++r) m.x_rows[r] = x.base + q.token_of_row[r] * x.stride;
-  for (int64_t r = 0; r < static_cast<int64_t>(ring) * ring_rows; ++r) m.h_rows[r] = m.h + r * h_stride;
+  for (int64_t r = 0; r < h_rows; ++r) m.h_rows[r] = m.h + r * h_stride;
   if (q.weight_before_down) weights_of_rows(q, m.weight);
 
   const int64_t up_n = up_panels(q, s.panel), down_n = div_up(q.hidden, s.panel);

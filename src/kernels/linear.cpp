@@ -98,15 +98,10 @@ void linear(const Implementation& implementation, const LinearProblem& p, void* 
   const int64_t bytes = block_bytes(s, p.outputs), threads = std::max(parallel.threads, 1);
   Rows x(s, p, p.inputs);
   char* workers = nullptr;
-  const auto layout = [&](Arena& a) {
+  const auto scratch = Scratch::of([&](Arena& a) {
     x.layout(a);
     workers = a.take<char>(bytes * threads);
-  };
-  Arena sizes(nullptr);
-  layout(sizes);
-  const Scratch scratch(sizes.used());
-  Arena arena(scratch.data());
-  layout(arena);
+  });
   x.fill(p.x, p.x_stride, parallel);
   by_blocks(s, one, y, workers, bytes, parallel,
             [&](int64_t begin, int64_t end, float* slots, int64_t stride, char* worker) {
@@ -134,16 +129,11 @@ void linear_backward(const Implementation& implementation, const LinearProblem& 
   const int64_t bytes = std::max(block_bytes(s, p.inputs), round_up(weight, 4096) + 64);
   Rows x(s, p, p.inputs), g(s, p, p.outputs);
   char *workers = nullptr, *x_panels = nullptr;
-  const auto layout = [&](Arena& a) {
+  const auto scratch = Scratch::of([&](Arena& a) {
     x.layout(a), g.layout(a);
     x_panels = a.take<char>(grad.weight ? words * panels * s.panel * 4 : 0);
     workers = a.take<char>(bytes * threads);
-  };
-  Arena sizes(nullptr);
-  layout(sizes);
-  const Scratch scratch(sizes.used());
-  Arena arena(scratch.data());
-  layout(arena);
+  });
   if (grad.weight) x.fill(p.x, p.x_stride, parallel);
   g.fill(grad_y, grad_y_stride, parallel);
 

@@ -6,22 +6,7 @@
 
 namespace turnout::kernels {
 
-/// A block of scratch for one call, 2 MB aligned and advised to huge pages; contents are arbitrary.
-/// Goes back to a pool of at most 256 MB when destroyed. Safe to take from several threads.
-class Scratch {
- public:
-  explicit Scratch(size_t bytes);
-  ~Scratch();
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  char* data() const { return data_; }
-
- private:
-  char* data_;
-  size_t bytes_;
-};
-
-/// Lays out the parts of one block: call take() for each part with no block to learn the size, then again with it.
+/// Takes the parts of one block, one after the other; without a block it adds up their sizes.
 class Arena {
  public:
   explicit Arena(char* base) : base_(base) {}
@@ -37,6 +22,32 @@ class Arena {
  private:
   char* base_;
   size_t used_ = 0;
+};
+
+/// A block of scratch for one call, 2 MB aligned and advised to huge pages; contents are arbitrary.
+/// Goes back to a pool of at most 256 MB when destroyed. Safe to take from several threads.
+class Scratch {
+ public:
+  /// @param layout called as layout(arena) to take the parts: without a block to learn the size, then again with it
+  template <class Layout>
+  static Scratch of(Layout&& layout) {
+    Arena sizes(nullptr);
+    layout(sizes);
+    return {sizes.used(), layout};
+  }
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+ private:
+  explicit Scratch(size_t bytes);
+  template <class Layout>
+  Scratch(size_t bytes, Layout& layout) : Scratch(bytes) {
+    Arena arena(data_);
+    layout(arena);
+  }
+  char* data_;
+  size_t bytes_;
 };
 
 }  // namespace turnout::kernels

@@ -38,6 +38,8 @@ class Conversion {
     if (failed) throw FileError(to_ + ": cannot make the folder: " + failed.message());
     if (fs::exists(to_ + "/model.safetensors", ignored))
       throw FileError(to_ + ": holds a model.safetensors, which would be read in place of the shards");
+    if (fs::exists(to_ + "/model.safetensors.index.json", ignored))
+      throw FileError(to_ + ": holds a checkpoint already, whose shards a conversion that fails would leave mixed");
   }
 
   void run() {

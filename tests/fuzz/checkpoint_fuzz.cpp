@@ -146,8 +146,10 @@ std::string run_case(const std::string& folder, const Model& model, Random& rand
   std::string problem = outcome([&] { touch(load_tensors(folder)); });
   if (problem.empty()) problem = outcome([&] { touch(map_tensors(folder)); });
   if (problem.empty()) problem = outcome([&] { run_layer(load_moe_layer(folder, model.layer)); });
-  if (problem.empty() && below(random, 16) == 0)  // not often: it waits for the disk
+  if (problem.empty() && below(random, 16) == 0) {  // not often: it waits for the disk
+    std::filesystem::remove_all(folder + "/to");
     problem = outcome([&] { convert_checkpoint(folder, folder + "/to", KeyLayout(below(random, 2))); });
+  }
   alarm(0);
   if (problem.empty() && peak_memory() - before > kMostGrowth)
     problem = "took " + std::to_string((peak_memory() - before) >> 10) + " MiB";

@@ -2,10 +2,13 @@
 
 import json
 import math
+import shutil
 
 import mixture_of_experts.mixture_of_experts as oracle
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from program import TINY, on_terminal, refuses, turnout
 
@@ -79,7 +82,9 @@ def test_policies_agree_with_the_package(policy, sizes):
 
 
 def test_tensors_too_large_to_make_are_counted():
-    stages = numbers("--view", "stages", "--batch", 1, "--sequence", 65536)["stages"]
+    found = numbers("--view", "stages", "--batch", 1, "--sequence", 65536)
+    assert list(found) == ["options", "stages"]
+    stages = found["stages"]
     # 65,536 tokens, 4 experts, floor(1.25 · 65,536 / 4) places: 21 GB, were it made
     assert stages["dispatch_tensor_numbers"] == 65536 * 4 * 20480
     assert stages["dispatch_tensor_ones"] == stages["rows"]
@@ -306,6 +311,27 @@ def test_no_more_tokens_than_asked_for(checkpoint):
     assert layer["trace"]["tokens"] == 3
     few = inspect("--checkpoint", folder, "--layer", 1, "--text", book, "--tokens", 3)
     assert few.count("bytes  none more often than others") == 4
+
+
+def spoiled(folder, part, to):
+    """The checkpoint with NaN in the tensors of layer 1 whose name holds `part`."""
+    shutil.copytree(folder, to)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+        tensors = {name: file.get_tensor(name) for name in names}
+        found = [name for name in names if "layer_1" in name and part in name]
+        assert found
+        save_file(tensors | {name: tensors[name] * math.nan for name in found}, to / "model.safetensors", file.metadata())
+    return to
+
+
+def test_weights_that_are_no_numbers(checkpoint, tmp_path):
+    folder, book = checkpoint
+    gate = spoiled(folder, "gate", tmp_path / "gate")
+    for fed in [], ["--text", book]:
+        assert "router logits that are NaN" in refuses("inspect", "--checkpoint", gate, "--layer", 1, *fed)
+    experts = spoiled(folder, "down", tmp_path / "experts")
+    assert "[nan, nan, nan, nan, …]" in inspect("--checkpoint", experts, "--layer", 1, "--tokens", 9, "--step", 3)
 
 
 def test_a_trained_layer_on_random_rows(checkpoint):

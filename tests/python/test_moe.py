@@ -244,6 +244,8 @@ ERRORS = [
     (lambda: turnout.MoE(8, 4, 4, router={"scale": "2"}), TypeError, "MoE: expected a value of type 'float' for argument 'scale'"),
     (lambda: turnout.MoE(8, 4, 4, jitter="0.1"), TypeError, "expected a value of type 'float' for argument 'amount'"),
     (lambda: turnout.MoE(8, 4, 4, capacity=turnout.CapacityOptions(factor="1")), TypeError, "for argument 'factor' but instead found type 'str'"),
+    (lambda: turnout.MoE(8, 4, 4, bias="no"), TypeError, "MoE: bias is 'no', expected True or False"),
+    (lambda: turnout.MoE(8, 4, 4, capacity=turnout.CapacityOptions(per_sequence="no")), TypeError, "per_sequence is 'no', expected True"),
     (lambda: turnout.MoE(8, 4, 4, hash_seed="a"), TypeError, "MoE: hash_seed is 'a', expected an integer"),
     (lambda: turnout.MoE(8, 4, 4, sum_over_ranks=3), TypeError, "MoE: sum_over_ranks is 3, expected a function"),
     (lambda: turnout.MoE(8, 4, 4, router=3), TypeError, "MoE: router is 3, expected switches of route"),

@@ -91,7 +91,17 @@ def test_the_page_of_a_layer(page, comparison, tmp_path):
         == ["layer", "step", "capacity", "takers", "configuration"]
     written = page.evaluate("document.getElementById('configuration').textContent")
     assert str(comparison / "moe") in written and "processor" in written
+    assert "Weights: the probabilities, divided by their sum." in page.evaluate("document.getElementById('step').textContent")
     expect_quiet(page, file)
+
+
+def test_the_page_of_a_step_tells_what_the_policy_asks(page, tmp_path):
+    for policy, words in ("threshold", "0.3926 > 0.4."), ("random", "< 0.3926 / 0.4."), ("all", "Second expert: all."):
+        file = tmp_path / f"{policy}.html"
+        assert turnout("inspect", "--step", 3, "--policy", policy, "--threshold", 0.4, "--html", file).returncode == 0
+        show(page, file)
+        assert words in page.evaluate("document.getElementById('step').textContent")
+        expect_quiet(page, file)
 
 
 def test_each_chart_has_words_and_numbers_for_those_who_do_not_see_it(page, comparison):

@@ -32,6 +32,7 @@ def test_compare_writes_the_documented_lines(tmp_path, text):
     for kind in "interval", "layer":
         for line in lines_of(file, kind=kind):
             assert set(line) == documented(kind) | ({"model", "first_step", "step"} if kind == "layer" else set())
+    assert all(set(line) | {"kind"} == documented("curves.jsonl") for line in lines_of(out / "curves.jsonl"))
     assert len(lines_of(file, kind="interval", model="moe")) == 20
     assert not lines_of(file, kind="layer", model="dense")
     for layer in range(2):

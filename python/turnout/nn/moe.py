@@ -183,6 +183,9 @@ class MoE(nn.Module):
             none = ops.route(torch.zeros(0, num_experts), top_k, **self.router)
             self.capacity.apply(none, num_experts, 0)
             routers.jitter(torch.zeros(0), jitter)
+        flags = {"bias": bias, "shared_gated": shared_gated, "gate_bias": gate_bias, "selection_bias": selection_bias}
+        check.flag(_NAME, jitter_experts=jitter_experts, noisy=noisy, **flags)
+        check.flag(f"{_NAME}: capacity", per_sequence=self.capacity.per_sequence)
         check.integer(_NAME, hash_seed=hash_seed)
         check.function(_NAME, sum_over_ranks=sum_over_ranks)
         self.load_count = load_count

@@ -234,3 +234,6 @@ def test_errors_arrive_in_words(tmp_path: Path) -> None:
         turnout.convert_checkpoint(tmp_path, tmp_path / "x", "new")
     with pytest.raises(ValueError, match="expected another folder than from"):
         turnout.convert_checkpoint(tmp_path, tmp_path, "fused")
+    turnout.convert_checkpoint(tmp_path, tmp_path / "x", "per_expert")
+    with pytest.raises(RuntimeError, match="x: holds a checkpoint already"):
+        turnout.convert_checkpoint(tmp_path, tmp_path / "x", "fused")
