@@ -10,7 +10,6 @@
 
 #include <memory>
 #include <string>
-#include <string>
 
 namespace turnout::cli {
 
