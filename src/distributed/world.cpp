@@ -75,22 +75,26 @@ std::string holder_text(const WorldOptions& options) {
   return options.launcher_holds_store ? "the launcher at " + store_address(options) : "rank 0";
 }
 
-// A store of c10d writes to connections whose other end is gone; the signal for that would end the process. Threads
-// inherit what is blocked here.
+// Threads of c10d and gloo write to connections whose other end is gone; the signal for that would end the process.
+// Threads inherit what is blocked where they are made; a signal that came to this one meanwhile is dropped.
 class WithoutPipeSignal {
  public:
   WithoutPipeSignal() {
-    sigset_t pipe;
-    sigemptyset(&pipe);
-    sigaddset(&pipe, SIGPIPE);
-    pthread_sigmask(SIG_BLOCK, &pipe, &before_);
+    sigemptyset(&pipe_);
+    sigaddset(&pipe_, SIGPIPE);
+    pthread_sigmask(SIG_BLOCK, &pipe_, &before_);
   }
-  ~WithoutPipeSignal() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+  ~WithoutPipeSignal() {
+    const timespec at_once{};
+    while (!sigismember(&before_, SIGPIPE) && sigtimedwait(&pipe_, nullptr, &at_once) == SIGPIPE) {
+    }
+    pthread_sigmask(SIG_SETMASK, &before_, nullptr);
+  }
   WithoutPipeSignal(const WithoutPipeSignal&) = delete;
   WithoutPipeSignal& operator=(const WithoutPipeSignal&) = delete;
 
  private:
-  sigset_t before_{};
+  sigset_t pipe_{}, before_{};
 };
 
 c10::intrusive_ptr<c10d::Store> connect(const WorldOptions& options, bool hold) {
@@ -99,7 +103,6 @@ c10::intrusive_ptr<c10d::Store> connect(const WorldOptions& options, bool hold) 
   how.isServer = hold;
   how.waitWorkers = false;
   how.timeout = options.timeout;
-  const WithoutPipeSignal in_threads_of_the_store;
   try {
     return c10::make_intrusive<c10d::PrefixStore>("turnout/" + options.attempt,
                                                   c10::make_intrusive<c10d::TCPStore>(options.host, how));
@@ -230,6 +233,7 @@ struct World::State {
 World::World(WorldOptions given) : options(std::move(given)), state_(std::make_unique<State>()) {
   check(options);
   if (options.size == 1) return;
+  const WithoutPipeSignal in_threads_made_here;
   static std::atomic<int64_t> worlds{0};
   state_->prefix = "turnout/" + std::to_string(worlds++) + "/";
   state_->address = distributed::local_address_towards(options.host, options.port);
@@ -268,6 +272,7 @@ Group World::group(const std::string& name, const std::vector<int64_t>& members)
     if (made.first == group.name) return group;
   const auto store = c10::make_intrusive<c10d::PrefixStore>(group.name, state_->store);
   c10::intrusive_ptr<c10d::Backend> gloo, nccl;
+  const WithoutPipeSignal in_threads_made_here;
   try {
     gloo = distributed::make_gloo(store, group.rank, group.size, options.timeout, state_->address);
     if (options.backend == "nccl") nccl = distributed::make_nccl(store, group.rank, group.size, options.timeout);
