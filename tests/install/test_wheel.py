@@ -43,7 +43,7 @@ def reusing():
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     result = run(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", folder,
-                 "-C", f"build-dir={folder / 'build'}", ROOT, environment=reusing())
+                 "--config-settings", f"build-dir={folder / 'build'}", ROOT, environment=reusing())
     assert result.returncode == 0, result.stdout + result.stderr
     return next(folder.glob("turnout-*.whl"))
 
