@@ -1,8 +1,9 @@
 // The kernels against the machine's own limits: shares of the register peak and of the read bandwidth.
 //
 // Usage: kernels_bench [filter [threads [seconds a case]]]. One thread is timed by its own CPU time, several by the
-// wall clock. Peak and cases alternate in one run; the median of both is shown. The figure is arithmetic only: 2 flops
-// a multiply-add of the products; routing is prepared outside, as it is in every peer.
+// wall clock. Limits and cases alternate in one run; medians are shown, and the quarters around them. The figure is
+// arithmetic only: 2 flops a multiply-add of the products; routing is prepared outside, as it is in every peer. "Of the
+// tile" is the share of what a bare tile gets in the same moments: what the layer itself loses.
 #include <immintrin.h>
 #include <sys/mman.h>
 #include <time.h>
@@ -13,6 +14,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <random>
 #include <string>
@@ -194,56 +196,93 @@ double median(std::vector<double> v) {
   return v[v.size() / 2];
 }
 
-/// Median of measure(i) / limit() over alternating rounds.
-template <class Limit, class Run>
-void show(const std::string& name, double work, const char* unit, double seconds, Limit&& limit, Run&& run) {
+/// What a case is held against, measured anew before each of its runs: work a second.
+struct Limit {
+  const char* name;
+  std::function<double()> rate;
+};
+
+/// Medians of the rate of `run`, in 10⁹ of work a second, and of its shares of each limit, over alternating rounds.
+void show(const std::string& name, double work, const char* unit, double seconds, const std::vector<Limit>& limits,
+          const std::function<void()>& run) {
   run();
-  std::vector<double> shares, rates;
+  std::vector<double> rates;
+  std::vector<std::vector<double>> shares(limits.size());
   double spent = 0;
-  while (spent < seconds || shares.size() < 5) {
-    const double top = limit();
+  while (spent < seconds || rates.size() < 5) {
+    for (size_t i = 0; i < limits.size(); ++i) shares[i].push_back(1 / limits[i].rate());
     const double t = now();
     run();
     const double took = now() - t;
     spent += took;
-    rates.push_back(work / took / 1e9);
-    shares.push_back(work / took / top);
+    rates.push_back(work / took);
+    for (std::vector<double>& share : shares) share.back() *= rates.back();
   }
-  std::vector<double> sorted = shares;
-  std::sort(sorted.begin(), sorted.end());
-  const double low = 100 * sorted[sorted.size() / 4], high = 100 * sorted[sorted.size() * 3 / 4];
-  std::printf("%-40s %8.1f %s  %5.1f %%  (%.1f to %.1f, %zu runs)\n", name.c_str(), median(rates), unit,
-              100 * median(shares), low, high, shares.size());
+  std::printf("%-32s %6.1f %s", name.c_str(), median(rates) / 1e9, unit);
+  for (size_t i = 0; i < limits.size(); ++i) {
+    std::sort(shares[i].begin(), shares[i].end());
+    const auto percent = [&](size_t quarter) { return 100 * shares[i][shares[i].size() * quarter / 4]; };
+    std::printf("  %s %5.1f %% (%.0f to %.0f)", limits[i].name, percent(2), percent(1), percent(3));
+  }
+  std::printf("  %zu runs\n", rates.size());
   std::fflush(stdout);
 }
 
-/// What the innermost loop reaches where nothing comes from beyond the L1 cache: one tile of `up`, again and again, in
-/// fp32. The rest of what a layer lacks to the register peak is its own.
-void show_tile(const std::string& name, const Implementation& impl, double seconds, const ParallelFor& parallel) {
-  constexpr int64_t kRows = kMaxTileRows, kWords = 128, kCalls = 2000;  // 32 KB of weights in panels of 64
-  const Stages& stages = *impl.stages;
-  const Bank bank({"", 1, 1, kWords, stages.panel, kRows, Activation::relu}, DType::f32);
-  const ExpertsProblem problem = bank.problem();
-  std::vector<float> panel(static_cast<size_t>(stages.panel * kWords));
-  const auto* weights = reinterpret_cast<const char*>(panel.data());
-  stages.pack_up(problem, 0, 0, 1, reinterpret_cast<char*>(panel.data()));
-  const std::vector<float> x(kRows * (kWords + 16), 0.5f);  // rows that share no sets of the cache
-  const char* rows[kRows];
-  for (int64_t i = 0; i < kRows; ++i) rows[i] = reinterpret_cast<const char*>(x.data() + i * (kWords + 16));
-  const int64_t h_stride = 4 * (stages.panel + 16), worker = round_up(kRows * h_stride, 64) + worker_bytes(stages, 0);
-  const std::unique_ptr<char, void (*)(char*)> memory(huge_alloc(static_cast<size_t>(worker * parallel.threads)),
-                                                      huge_free);
-  const double flops = 2.0 * static_cast<double>(kRows * stages.panel * kWords * kCalls * parallel.threads);
-  const auto run = [&](int64_t begin, int64_t end) {
-    for (; begin < end; ++begin) {
-      char* h = memory.get() + begin * worker;
-      for (int64_t n = 0; n < kCalls; ++n)
-        stages.up({&problem, 0, {rows, kRows}, weights, 0, 1, h, h_stride, nullptr, nullptr,
-                   h + round_up(kRows * h_stride, 64)});
-    }
-  };
-  show(name, flops, "GF/s", seconds, [&] { return peak(false, parallel); }, [&] { parallel(parallel.threads, run); });
-}
+/// What the innermost loop reaches where nothing comes from beyond the L1 cache: one tile of `up`, again and again.
+class TileInL1 {
+ public:
+  TileInL1(const Stages& stages, bool bf16, ParallelFor parallel)
+      : stages_(stages),
+        parallel_(parallel),
+        pairs_(bf16 && !stages.wide_rows),
+        bank_({"", 1, 1, pairs_ ? 2 * kWords : kWords, stages.panel, kRows, Activation::relu},
+              pairs_ ? DType::bf16 : DType::f32),
+        problem_(bank_.problem()),
+        panel_(static_cast<size_t>(stages.panel * kWords)),
+        x_(static_cast<size_t>(kRows * (kWords + 16)), 0.5f),
+        h_stride_(4 * (stages.panel + 16)),
+        h_bytes_(round_up(kRows * h_stride_, 64)),
+        worker_(h_bytes_ + worker_bytes(stages, 0)),
+        memory_(huge_alloc(static_cast<size_t>(worker_ * parallel.threads)), huge_free) {
+    stages.pack_up(problem_, 0, 0, 1, reinterpret_cast<char*>(panel_.data()));
+    for (int64_t i = 0; i < kRows; ++i) rows_[i] = reinterpret_cast<const char*>(x_.data() + i * (kWords + 16));
+  }
+  /// Flops a second, of a run of a few milliseconds.
+  double rate() const {
+    const double t = now();
+    parallel_(parallel_.threads, [&](int64_t begin, int64_t end) {
+      for (; begin < end; ++begin) {
+        char* h = memory_.get() + begin * worker_;
+        for (int64_t n = 0; n < kCalls; ++n)
+          stages_.up({&problem_,
+                      0,
+                      {rows_, kRows},
+                      reinterpret_cast<const char*>(panel_.data()),
+                      0,
+                      1,
+                      h,
+                      h_stride_,
+                      nullptr,
+                      nullptr,
+                      h + h_bytes_});
+      }
+    });
+    return bank_.flops() / 2 * kCalls * parallel_.threads / (now() - t);  // `up` alone, as large as `down`
+  }
+
+ private:
+  static constexpr int64_t kRows = kMaxTileRows, kWords = 128, kCalls = 4000;  // 32 KB of weights in panels of 64
+  const Stages& stages_;
+  const ParallelFor parallel_;
+  const bool pairs_;  ///< bf16 rows that are fp32 numbers have the tile of fp32
+  const Bank bank_;
+  const ExpertsProblem problem_;
+  std::vector<float> panel_;
+  const std::vector<float> x_;  // rows that share no sets of the cache
+  const int64_t h_stride_, h_bytes_, worker_;
+  const std::unique_ptr<char, void (*)(char*)> memory_;
+  const char* rows_[kRows];
+};
 
 const Shape kShapes[] = {
     {"E64-T2048", 64, 8, 1024, 512, 2048, Activation::swiglu},
@@ -266,8 +305,6 @@ int main(int argc, char** argv) {
   const ParallelFor parallel = pool.parallel();
   std::printf("%s, %d threads, peak fp32 %.0f bf16 %.0f GF/s\n", impl.name, g_threads, peak(false, parallel) / 1e9,
               peak(true, parallel) / 1e9);
-  const std::string tile = "tile in L1 fp32";
-  if (impl.stages && tile.find(filter) != std::string::npos) show_tile(tile, impl, seconds, parallel);
   for (const Shape& s : kShapes)
     for (DType t : {DType::f32, DType::bf16}) {
       const bool bf16 = t == DType::bf16, decode = std::strncmp(s.name, "decode", 6) == 0;
@@ -283,21 +320,27 @@ int main(int argc, char** argv) {
       pack(impl, bank.problem(), memory.get(), parallel);
       const PackedExperts packed(layout, memory.get(), layout.bytes());
       if (decode) {
-        const auto read = [&] { return bandwidth(memory.get(), int64_t{200} << 20, parallel); };
+        const std::vector<Limit> read = {
+            {"of reading", [&] { return bandwidth(memory.get(), int64_t{200} << 20, parallel); }}};
         for (const bool plain : {false, true})
           if (wanted(kinds[plain]))
             show(base + kinds[plain], bank.weight_bytes(), "GB/s", seconds, read,
                  [&] { bank.forward(impl, plain ? nullptr : &packed, false, parallel); });
         continue;
       }
-      const auto top = [&] { return peak(bf16, parallel); };
+      std::vector<Limit> tops = {{"of the peak", [&] { return peak(bf16, parallel); }}};
+      std::unique_ptr<TileInL1> tile;
+      if (impl.stages) {
+        tile = std::make_unique<TileInL1>(*impl.stages, bf16, parallel);
+        tops.push_back({"of the tile", [&] { return tile->rate(); }});
+      }
       const auto step = [&](bool recompute, bool fresh) {
         if (fresh) bank.fresh_gradients();
         bank.forward(impl, nullptr, !recompute, parallel);
         bank.backward(impl, recompute, parallel);
       };
       const auto time = [&](int kind, double forwards, const auto& run) {
-        if (wanted(kinds[kind])) show(base + kinds[kind], forwards * bank.flops(), "GF/s", seconds, top, run);
+        if (wanted(kinds[kind])) show(base + kinds[kind], forwards * bank.flops(), "GF/s", seconds, tops, run);
       };
       time(0, 1, [&] { bank.forward(impl, &packed, false, parallel); });
       time(1, 1, [&] { bank.forward(impl, nullptr, false, parallel); });
