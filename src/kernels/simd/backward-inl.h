@@ -161,7 +161,7 @@ void weight_grad_typed(const WeightGradArgs& a) {
         const int64_t f = outputs * i / nb, n = outputs * (i + 1) / nb - f;
         float* s = passes == 1 ? local : sums + (q * outputs + f) * P;
         const char* block = strip + f * chunk * 4;
-        Tiles<V, BF, false, true>::fn[n](chunk, &block, 0, a.b + (q * words + k0) * 4 * P, s, c > 0, {});
+        Tiles<V, BF, Fetch::none, true>::fn[n](chunk, &block, 0, a.b + (q * words + k0) * 4 * P, s, c > 0, {});
         if (c + 1 == passes) store_gradient<V, Out>(a, a.begin + f, n, q, s);
       }
   }

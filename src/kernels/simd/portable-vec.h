@@ -38,6 +38,7 @@ struct Portable {
   }
   static TURNOUT_INLINE void store_n(char* p, Reg v, int64_t n) { memcpy(p, &v, static_cast<size_t>(n) * 4); }
   static TURNOUT_INLINE Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
+  static TURNOUT_INLINE void fma_into(Reg& c, Reg a, Reg b) { c = fma(a, b, c); }
   static TURNOUT_INLINE Reg add(Reg a, Reg b) { return a + b; }
   static TURNOUT_INLINE Reg sub(Reg a, Reg b) { return a - b; }
   static TURNOUT_INLINE Reg mul(Reg a, Reg b) { return a * b; }
@@ -62,6 +63,10 @@ struct Portable {
   }
   static TURNOUT_INLINE Reg reciprocal(Reg d) { return set1(1.f) / d; }
   static TURNOUT_INLINE float sum(Reg v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+  /// c[j] (+)= Σ of the lanes of v[j].
+  static TURNOUT_INLINE void store_sums(float* c, const Reg (&v)[4], bool more) {
+    for (int j = 0; j < 4; ++j) c[j] = more ? c[j] + sum(v[j]) : sum(v[j]);
+  }
 
   // ---- bf16
   static TURNOUT_INLINE Reg dot(Reg a, Reg b, Reg c) { return fma(high(a), high(b), fma(low(a), low(b), c)); }

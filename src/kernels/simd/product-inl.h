@@ -68,7 +68,6 @@ void pack_transposed(const char* first, int64_t bytes, int64_t valid, int64_t k0
     const bool whole = at + 4 * L <= bytes && valid >= L;
     Reg r[L];
     if (whole) {
-#pragma GCC unroll 16
       for (int i = 0; i < L; ++i) r[i] = V::load(first + i * bytes + at);
     } else {
       const int64_t left = bytes - at < 4 * L ? bytes - at : 4 * L;
@@ -91,22 +90,26 @@ void pack_transposed(const char* first, int64_t bytes, int64_t valid, int64_t k0
 /// `Split`, become fp32.
 template <class V, bool BF, bool Split>
 void pack_natural_panel(const char* const* rows, int64_t count, int64_t col, int64_t valid, char* dst) {
-  constexpr int L = V::L;
-  constexpr int64_t row = 4 * kPanel<V>;
-  for (int h = 0; h < V::kVectors; ++h) {
-    const int64_t at = (col + h * L) * Stored<V, BF>::size, n = valid - h * L < L ? valid - h * L : L;
-    char* d = dst + 4 * h * L;
-    if (n <= 0) {
-      for (int64_t k = 0; k < words_of(count, BF && !Split); ++k) V::store(d + row * k, V::zero());
-    } else if constexpr (BF && !Split) {
-      for (int64_t k = 0; k < (count + 1) / 2; ++k) {
-        const bool pair = 2 * k + 1 < count;
-        V::store(d + row * k, V::interleave(rows[2 * k] + at, pair ? rows[2 * k + 1] + at : nullptr, n));
+  constexpr int64_t L = V::L, size = Stored<V, BF>::size;
+  constexpr bool kPairs = BF && !Split;
+  const auto pack = [&](const auto& columns) __attribute__((always_inline)) {  // of vector h
+    for (int64_t k = 0; k < words_of(count, kPairs); ++k)
+#pragma GCC unroll 4
+      for (int h = 0; h < V::kVectors; ++h) {
+        const int64_t at = (col + h * L) * size, n = columns(h);
+        char* d = dst + 4 * (k * kPanel<V> + h * L);
+        if (n <= 0)
+          V::store(d, V::zero());
+        else if constexpr (kPairs)
+          V::store(d, V::interleave(rows[2 * k] + at, 2 * k + 1 < count ? rows[2 * k + 1] + at : nullptr, n));
+        else
+          V::store(d, Stored<V, BF>::load_n(rows[k] + at, n));
       }
-    } else {
-      for (int64_t k = 0; k < count; ++k) V::store(d + row * k, Stored<V, BF>::load_n(rows[k] + at, n));
-    }
-  }
+  };
+  if (valid >= kPanel<V>)
+    pack([](int) { return L; });
+  else
+    pack([&](int h) { return valid - h * L < L ? valid - h * L : L; });
 }
 
 /// The `i`th of `n` shares of `bytes` bytes, a line (or less) in each of `words` steps.
@@ -116,12 +119,13 @@ inline Ahead share(const char* begin, int64_t bytes, int64_t words, int64_t i, i
 }
 
 /// Panels packed beforehand. As every source: panels [g, g + n), words [k0, k0 + words) of them, into strips or not;
-/// and what comes after them, of which each of n tiles fetches a share. `kStripBF`: whether words are pairs of bf16;
-/// `kChunk`: words of a pass.
+/// and, with Fetch::next, what comes after them, of which each of n tiles fetches a share. `kStripBF`: whether words
+/// are pairs of bf16; `kChunk`: words of a pass.
 template <class V, bool BF>
 struct PackedSource {
   static constexpr bool kStripBF = BF;
   static constexpr int64_t kChunk = kChunkWords;
+  static constexpr Fetch kFetch = Fetch::next;
   const char* base;
   int64_t words;
   const char* panel(int64_t p, int64_t k0) const { return base + (p * words + k0) * 4 * kPanel<V>; }
@@ -138,6 +142,7 @@ template <class V>
 struct SplitSource {
   static constexpr bool kStripBF = false;
   static constexpr int64_t kChunk = kChunkWords;
+  static constexpr Fetch kFetch = Fetch::next;
   PackedSource<V, true> pairs;
   void panels(int64_t g, int64_t n, int64_t k0, int64_t words, char* strips, const char** at) const {
     constexpr int64_t row = 4 * kPanel<V>;
@@ -164,6 +169,7 @@ template <class V, bool BF, bool Gated, bool Split = kWideRows<V, BF>>
 struct TransposedSource {
   static constexpr bool kStripBF = BF && !Split;
   static constexpr int64_t kChunk = kChunkWords;
+  static constexpr Fetch kFetch = Fetch::next;
   const char* weight;
   int64_t outputs, bytes;  ///< of all rows (of one half where gated), of a row
   /// First of the rows that are vector j of panel p, and how many there are from it on.
@@ -198,6 +204,8 @@ template <class V, bool BF, bool Split = kWideRows<V, BF>>
 struct NaturalSource {
   static constexpr bool kStripBF = BF && !Split;
   static constexpr int64_t kChunk = kNaturalChunkWords;
+  // nothing: fetching lines from memory there takes the few line buffers that the tiles need for the cache
+  static constexpr Fetch kFetch = Fetch::none;
   const char* weight;
   int64_t outputs, reduction;
   const char** rows;                     ///< room for the row pointers of a chunk
@@ -223,14 +231,17 @@ struct NaturalSource {
       if (Split && count < words) __builtin_memset(strips + (p * words + count) * 4 * P, 0, static_cast<size_t>(4 * P));
     }
   }
-  // nothing between tiles: fetching lines from memory there takes the few line buffers that the tiles need for the
-  // cache
-  Ahead ahead(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t) const { return {weight, 0}; }
+  Ahead ahead(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t) const { return {}; }
 };
 
-/// Rows up to which plain weights are read where they lie: beyond it, packing a panel costs less than re-reading it.
-template <class V>
-constexpr int64_t kRowsInPlace = 4 * V::kDotRows;
+/// Rows up to which plain weights are read where they lie: beyond it, transposing a panel costs less than the sums over
+/// lanes, or, where rows are wide, than widening the weights for every block of rows.
+template <class V, bool BF>
+constexpr int64_t kRowsInPlace = (kWideRows<V, BF> ? 3 : 8) * V::kDotRows;
+
+/// Bytes of a weight that an in-place product of several blocks takes in one pass: 4 weights and the rows of a block
+/// share the L1 cache.
+constexpr int64_t kInPlaceBytes = 4096;
 
 /// Rows up to which packed pairs of bf16 are split in every tile; for more, once into strips, whose writing and reading
 /// costs as much as some 16 tiles.
@@ -240,8 +251,8 @@ constexpr int64_t kRowsSplitInTile = 16 * V::kRowsBf16;
 /// Worker memory of a sweep.
 template <class V>
 struct SweepMemory {
-  char* strips;  ///< kStripWords words of a panel
-  float* sums;   ///< kPassRows rows of a group, used where the reduction takes several passes
+  char* strips;       ///< kStripWords words of a panel
+  float* sums;        ///< kPassRows rows of a group, used where the reduction takes several passes
   const char** rows;  ///< those of a chunk of a NaturalSource
 };
 
@@ -284,7 +295,8 @@ void sweep(const RowSet& a, int64_t words, int64_t begin, int64_t end, const Sou
                       next_words = chunk_begin(next + 1) - next_k0;
         for (int64_t i = 0; i < nb; ++i) {
           const int64_t first = block_begin(m, nb, i), rows = block_begin(m, nb, i + 1) - first;
-          const TileFn fn = nb == 1 ? Tiles<V, BF, true, false>::fn[rows] : Tiles<V, BF, false, false>::fn[rows];
+          const TileFn fn =
+              nb == 1 ? Tiles<V, BF, Fetch::panel, false>::fn[rows] : Tiles<V, BF, Source::kFetch, false>::fn[rows];
           for (int64_t p = 0; p < n; ++p) {
             float* sums = passes == 1 ? local : memory.sums + (p * m + first) * P;
             const int64_t after = !last || g + p + group >= end ? g + p : g + p + group;
@@ -302,26 +314,37 @@ void sweep(const RowSet& a, int64_t words, int64_t begin, int64_t end, const Sou
 template <class V, bool BF, bool Gated, class Epilogue>
 void sweep_in_place(const RowSet& a, int64_t bytes, int64_t begin, int64_t end,
                     const TransposedSource<V, BF, Gated>& source, const Epilogue& epilogue, char* worker) {
-  constexpr int64_t P = kPanel<V>;
+  constexpr int64_t P = kPanel<V>, kStep = (kWideRows<V, BF> ? 2 : 4) * V::L;
   float* sums = sweep_memory<V>(worker).sums;
+  const int64_t nb = div_up(a.count, V::kDotRows);
+  const int64_t passes = nb == 1 || bytes <= kInPlaceBytes ? 1 : div_up(bytes, kInPlaceBytes);
+  const auto pass_begin = [&](int64_t c) { return c == passes ? bytes : bytes * c / passes / kStep * kStep; };
   for (int64_t p = begin; p < end; ++p) {
     for (int h = 0; h < V::kVectors; ++h)
       for (int j = 0; j < V::L; j += 4) {
         const int64_t valid = source.valid(p, h) - j;
         const char* w = source.rows(p, h) + j * bytes;
+        float* c = sums + h * V::L + j;
         if (valid <= 0) {
           for (int64_t i = 0; i < a.count; ++i)
-            for (int q = 0; q < 4; ++q) sums[i * P + h * V::L + j + q] = 0.f;
+            for (int q = 0; q < 4; ++q) c[i * P + q] = 0.f;
           continue;
         }
         // outputs that do not exist repeat the last one; the epilogue drops them
         const char* weights[4];
         for (int q = 0; q < 4; ++q) weights[q] = w + (q < valid ? q : valid - 1) * bytes;
-        for (int64_t i = 0; i < a.count; i += V::kDotRows) {
-          const int64_t rows = a.count - i < V::kDotRows ? a.count - i : V::kDotRows;
-          // 8 rows ahead: 32 KB of a hidden size of 2048 in bf16, far enough for memory, near enough for the L1 cache
-          Dots<V, BF>::fn[rows](bytes, a.rows + i, weights, 8 * bytes, sums + i * P + h * V::L + j);
-        }
+        // 8 rows ahead: 32 KB of a hidden size of 2048 in bf16, far enough for memory, near enough for the L1 cache
+        const int64_t next = 8 * bytes;
+        for (int64_t k = 0; k < passes; ++k)
+          for (int64_t i = 0; i < nb; ++i) {
+            const int64_t first = a.count * i / nb, rows = a.count * (i + 1) / nb - first;
+            const int64_t k0 = pass_begin(k), k1 = pass_begin(k + 1);
+            if (nb == 1)
+              Dots<V, BF, true>::fn[rows](k0, k1, a.rows, weights, c, {nullptr, next});
+            else
+              Dots<V, BF, false>::fn[rows](k0, k1, a.rows + first, weights, c + first * P,
+                                           share(w + next, 4 * bytes, (k1 - k0) / kStep, k * nb + i, passes * nb));
+          }
       }
     for (int64_t i = 0; i < a.count; i += kMaxTileRows)
       epilogue(p, i, a.count - i < kMaxTileRows ? a.count - i : kMaxTileRows, sums + i * P);
@@ -347,7 +370,8 @@ void product(const RowSet& a, int64_t elements, const char* packed, const Transp
     }
     return sweep<V>(a, words, begin, end, panels, epilogue, worker);
   }
-  if (a.count <= kRowsInPlace<V>) return sweep_in_place<V, BF>(a, source.bytes, begin, end, source, epilogue, worker);
+  if (a.count <= kRowsInPlace<V, BF>)
+    return sweep_in_place<V, BF>(a, source.bytes, begin, end, source, epilogue, worker);
   sweep<V>(a, strip_words<V, BF>(elements), begin, end, source, epilogue, worker);
 }
 

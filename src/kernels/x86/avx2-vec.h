@@ -41,6 +41,9 @@ struct Avx2 {
     memcpy(p, t, static_cast<size_t>(n) * 4);
   }
   static TURNOUT_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
+  static TURNOUT_INLINE void fma_into(Reg& c, Reg a, Reg b) {
+    asm("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(a), "x"(b));
+  }
   static TURNOUT_INLINE Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   static TURNOUT_INLINE Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
   static TURNOUT_INLINE Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
@@ -62,6 +65,12 @@ struct Avx2 {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+  /// c[j] (+)= Σ of the lanes of v[j].
+  static TURNOUT_INLINE void store_sums(float* c, const Reg (&v)[4], bool more) {
+    const Reg four = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+    const __m128 one = _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1));
+    _mm_storeu_ps(c, more ? _mm_add_ps(_mm_loadu_ps(c), one) : one);
   }
 
   // ---- bf16
