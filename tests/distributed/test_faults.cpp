@@ -113,6 +113,7 @@ TEST(Faults, RowsThatDoNotFitAreRefused) {
 
 TEST(Faults, TensorsThatDoNotFitAreRefused) {
   const auto endings = run_with(2, [](World& world) {
+    const auto layout = make_layout(world);
     const auto& all = world.all();
     const bool odd = world.options.rank == 1;
     const auto expect = [](const std::string& words, const std::function<void()>& call) {
@@ -127,7 +128,7 @@ TEST(Faults, TensorsThatDoNotFitAreRefused) {
            [&] { sum_over(at::ones({2, odd ? 3 : 4}), all); });
     expect("sum over ranks failed: rank 1 has x Double [2], rank 0 has x Float [2]",
            [&] { sum_over(at::ones({2}, odd ? at::kDouble : at::kFloat), all); });
-    expect("sum over ranks failed: rank 0 has x Float [], rank 1 has x Float [1]",
+    expect("sum over ranks failed: rank 1 has x Float [1], rank 0 has x Float []",
            [&] { sum_over(odd ? at::ones({1}) : at::ones({}), all); });
     expect("gathering of ranks failed: rank 0 has x Float [rows, 4], rank 1 has x Float [rows, 5]",
            [&] { gather_over(at::ones({odd ? 3 : 0, odd ? 5 : 4}), all); });
@@ -137,7 +138,7 @@ TEST(Faults, TensorsThatDoNotFitAreRefused) {
            [&] { gather_over(at::ones({2}, odd ? at::kByte : at::kFloat), all); });
     torch::nn::Linear linear(2, odd ? 3 : 2);
     expect("averaging of gradients failed: rank 0 has numbers in its parameters 6, rank 1 has numbers in its parameters 9",
-           [&] { average_gradients(*linear, make_layout(world)); });
+           [&] { average_gradients(*linear, layout); });
   });
   for (const auto& ending : endings) EXPECT_EQ(ending.status, 0) << ending.text;
 }
