@@ -54,11 +54,13 @@ class PendingRows {
 };
 
 /// Sum over the ranks of a group, the same bits on each. Gradient: the sum of the ranks' gradients, which is that of
-/// the sum of their objectives. Double backward works.
+/// the sum of their objectives. Double backward works. Type and shape are compared first, in a message of their own.
+/// @throws DistributedError naming the ranks whose x has another type or shape
 at::Tensor sum_over(const at::Tensor& x, const Group& group);
 
 /// Tensors of all ranks along axis 0, in order of rank; lengths may differ. No gradient.
 /// @param lengths receives the length of each rank
+/// @throws DistributedError naming the ranks whose x has another type, or another shape behind axis 0
 at::Tensor gather_over(const at::Tensor& x, const Group& group, std::vector<int64_t>* lengths = nullptr);
 
 }  // namespace turnout

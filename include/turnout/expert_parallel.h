@@ -81,7 +81,7 @@ std::map<std::string, ExpertRange> parts_of_banks(const torch::nn::Module& modul
 /// over their replicas, the rows of other ranks are in them already), and divides by the number of ranks.
 ///
 /// Call it on every rank after backward(). A parameter without a gradient counts as zeros.
-/// @throws DistributedError
+/// @throws DistributedError naming the ranks whose parameters are others in number or size
 void average_gradients(torch::nn::Module& module, const ParallelLayout& layout);
 
 }  // namespace turnout

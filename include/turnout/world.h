@@ -19,7 +19,9 @@ struct Group {
   std::vector<int64_t> members{0};  ///< ranks of the world, in order of their rank in the group
 };
 
-/// The group that torch.distributed, or any other user of c10d, registered. @throws c10::Error when there is none
+/// The group that torch.distributed, or any other user of c10d, registered. With the first operation in it a heartbeat
+/// starts over the group's store, if that is a TCPStore, so that a lost rank is named; it ends with the group or the
+/// process. @throws c10::ValueError when there is none of this name
 Group find_group(const std::string& name);
 
 /// An operation between ranks failed: the message names it and, where heartbeats tell, the rank that is to blame.

@@ -56,8 +56,8 @@ def expert_parallel(
     Gradient: as fused_experts. Those of the weights hold what the tokens of all ranks of the group add, not divided.
     torch.compile takes it without a graph break; the backward then sends the rows once more instead of keeping them.
     Raises ValueError or TypeError that names the argument; RuntimeError, which names the rank, when rows, num_experts
-    or chunks of the ranks differ; RuntimeError with the words of c10d when a rank is lost, at the time-out of the group
-    at the latest.
+    or chunks of the ranks differ, and when a rank is lost, at the time-out of the group at the latest. Who is lost is
+    found by a heartbeat in the group's store, if that is a TCPStore; else the words are c10d's.
     """
     name = _name_of(group)
     weights = (_as_list("up", up), _as_list("down", down), _as_list("up_bias", up_bias),

@@ -1,14 +1,17 @@
 // Calls of _c10d_functional ops, and the words for what goes wrong in them.
 #include "distributed/collectives.h"
 
-#include "distributed/heartbeat.h"
+#include "distributed/difference.h"
+#include "distributed/watch.h"
 
 #include "../ops/cpu/fresh.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 #include <ATen/ops/tensor.h>
+#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 
+#include <algorithm>
 #include <utility>
 
 namespace turnout::distributed {
@@ -24,13 +27,19 @@ at::Tensor call(const char* name, Arguments&&... arguments) {
   return std::move(stack.front()).toTensor();
 }
 
-std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
+// Of c10d's first line the first sentence, without the place in gloo's source.
+std::string words_of(const std::string& error) {
+  const auto line = error.substr(0, error.find('\n'));
+  const auto place = line.find(".cc:"), behind = line.find("] ", place);
+  const auto begin = place == std::string::npos || behind == std::string::npos ? 0 : behind + 2;
+  return line.substr(begin, line.find(". ", begin) - begin);
+}
 
 [[noreturn]] void explain(const char* operation, const std::string& error, const Group& group) {
-  const auto heartbeat = heartbeat_of(group.name);
+  const auto heartbeat = heartbeat_of(group);
   std::string message = std::string("turnout: ") + operation + " failed: ";
   if (heartbeat) message += heartbeat->find_culprit() + "; ";
-  throw DistributedError(message + "c10d says: " + first_line(error));
+  throw DistributedError(message + "c10d says: " + words_of(error));
 }
 
 template <class Call>
@@ -40,8 +49,12 @@ auto guarded(const char* operation, const Group& group, Call&& call) {
     ~Doing() {
       if (heartbeat) heartbeat->doing(nullptr);
     }
-  } doing{heartbeat_of(group.name)};
-  if (doing.heartbeat) doing.heartbeat->doing(operation);
+  } doing{heartbeat_of(group)};
+  if (doing.heartbeat) {
+    const auto gone = doing.heartbeat->holder_lost();
+    if (!gone.empty()) throw DistributedError(std::string("turnout: ") + operation + " failed: " + gone);
+    doing.heartbeat->doing(operation);
+  }
   try {
     return call();
   } catch (const c10::Error& error) {
@@ -49,6 +62,12 @@ auto guarded(const char* operation, const Group& group, Call&& call) {
   } catch (const std::exception& error) {
     explain(operation, error.what(), group);
   }
+}
+
+// Of a small message: that of the host, where the group has a backend for it.
+at::Device device_of(const Group& group) {
+  const auto devices = c10d::resolve_process_group(group.name)->getDeviceTypes();
+  return std::count(devices.begin(), devices.end(), at::kCPU) > 0 ? at::kCPU : devices.at(0);
 }
 
 at::Tensor wait_for(const at::Tensor& started) { return call("_c10d_functional::wait_tensor", started); }
@@ -87,24 +106,28 @@ at::Tensor all_gather(const char* operation, const at::Tensor& x, const Group& g
   });
 }
 
+std::vector<int64_t> gather_numbers(const char* operation, const std::vector<int64_t>& own, const Group& group) {
+  const auto all = all_gather(operation, at::tensor(own, at::kLong).to(device_of(group)), group).to(at::kCPU);
+  return {all.const_data_ptr<int64_t>(), all.const_data_ptr<int64_t>() + all.numel()};
+}
+
+void check_texts(const char* operation, const std::vector<std::string>& texts, const Group& group) {
+  const auto found = difference(texts, group.members);
+  if (found.empty()) return;
+  if (const auto heartbeat = heartbeat_of(group)) heartbeat->report(found);
+  throw DistributedError(std::string("turnout: ") + operation + " failed: " + found);
+}
+
 void check_alike(const char* operation, const std::vector<std::pair<const char*, int64_t>>& numbers,
-                 const at::Device& device, const Group& group) {
+                 const Group& group) {
   if (group.size == 1) return;
   std::vector<int64_t> own;
   for (const auto& number : numbers) own.push_back(number.second);
-  const auto of_ranks = all_gather(operation, at::tensor(own, at::kLong).to(device), group).to(at::kCPU);
-  const auto* next = of_ranks.const_data_ptr<int64_t>();
-  const auto words = [&](size_t i, int64_t rank, int64_t value) {
-    return "rank " + std::to_string(group.members[rank]) + " has " + numbers[i].first + " " + std::to_string(value);
-  };
-  for (int64_t rank = 0; rank < group.size; ++rank)
-    for (size_t i = 0; i < own.size(); ++i, ++next)
-      if (*next != own[i]) fail(operation, words(i, rank, *next) + ", " + words(i, group.rank, own[i]), group);
-}
-
-void fail(const char* operation, const std::string& finding, const Group& group) {
-  if (const auto heartbeat = heartbeat_of(group.name)) heartbeat->report(finding);
-  throw DistributedError(std::string("turnout: ") + operation + " failed: " + finding);
+  const auto all = gather_numbers(operation, own, group);
+  std::vector<std::string> texts(group.size);
+  for (size_t i = 0; i < all.size(); ++i)
+    texts[i / own.size()].append(numbers[i % own.size()].first).append(" ").append(std::to_string(all[i])).append("\n");
+  check_texts(operation, texts, group);
 }
 
 }  // namespace turnout::distributed

@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -25,14 +26,15 @@ at::Tensor all_reduce(const char* operation, const at::Tensor& x, const Group& g
 /// [size · x.size(0), ...] @throws DistributedError
 at::Tensor all_gather(const char* operation, const at::Tensor& x, const Group& group);
 
-/// Compares numbers that all ranks must have alike: messages made by them would not fit, which ends the process in gloo.
-/// @param numbers with their names, the same names on every rank
-/// @param device of a backend that the group has
-/// @throws DistributedError, on every rank, naming the first number that differs and a rank that has another
-void check_alike(const char* operation, const std::vector<std::pair<const char*, int64_t>>& numbers,
-                 const at::Device& device, const Group& group);
+/// [size · own.size()], in order of rank: as many on every rank. @throws DistributedError
+std::vector<int64_t> gather_numbers(const char* operation, const std::vector<int64_t>& own, const Group& group);
 
-/// Throws a DistributedError about something that this rank saw itself, and tells the others.
-[[noreturn]] void fail(const char* operation, const std::string& finding, const Group& group);
+/// What all ranks must have alike: messages made by it would not fit, which ends the process in gloo.
+/// @param texts of the ranks, as gathered, one line a thing
+/// @throws DistributedError, on every rank, naming the first thing that differs, and the ranks
+void check_texts(const char* operation, const std::vector<std::string>& texts, const Group& group);
+/// Numbers of this rank with their names, the same names on every rank: gathers, then compares.
+void check_alike(const char* operation, const std::vector<std::pair<const char*, int64_t>>& numbers,
+                 const Group& group);
 
 }  // namespace turnout::distributed

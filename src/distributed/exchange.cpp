@@ -8,6 +8,7 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
 #include <numeric>
 #include <utility>
 
@@ -114,8 +115,29 @@ std::vector<int64_t> fingerprint(const at::Tensor& x) {
 }
 
 std::string describe(const int64_t* of_rank) {
-  return std::string(c10::toString(static_cast<at::ScalarType>(of_rank[1]))) + " [rows, " +
+  return std::string("x ") + c10::toString(static_cast<at::ScalarType>(of_rank[1])) + " [rows, " +
          std::to_string(of_rank[0]) + "]";
+}
+
+// The same for tensors of any shape: type, axes, their sizes.
+constexpr size_t kAxes = 8;  // more are told as one
+constexpr size_t kShapeNumbers = 2 + kAxes;
+
+// @return the numbers of all ranks. @param lengths_differ: along axis 0 they may
+std::vector<int64_t> check_shapes(const char* operation, const at::Tensor& x, bool lengths_differ, const Group& group) {
+  std::vector<int64_t> own{static_cast<int64_t>(x.scalar_type()), x.dim()};
+  own.resize(kShapeNumbers, 1);
+  for (int64_t axis = 0; axis < x.dim(); ++axis) own[2 + std::min<size_t>(axis, kAxes - 1)] *= x.size(axis);
+  auto all = distributed::gather_numbers(operation, own, group);
+  std::vector<std::string> texts;
+  for (const int64_t* next = all.data(); texts.size() < static_cast<size_t>(group.size); next += kShapeNumbers) {
+    std::string text = std::string("x ") + c10::toString(static_cast<at::ScalarType>(next[0])) + " [";
+    for (int64_t axis = 0; axis < std::min<int64_t>(next[1], kAxes); ++axis)
+      text.append(axis > 0 ? ", " : "").append(axis == 0 && lengths_differ ? "rows" : std::to_string(next[2 + axis]));
+    texts.push_back(text + "]");
+  }
+  distributed::check_texts(operation, texts, group);
+  return all;
 }
 
 }  // namespace
@@ -161,12 +183,10 @@ at::Tensor exchange_counts(const at::Tensor& tokens_per_expert, const std::vecto
   const auto sent = at::tensor(message, at::kLong).to(x.device());
   const auto received =
       distributed::all_to_all(kCounts, sent, receive, send, group).to(at::kCPU).view({group.size, words + held});
-  for (int64_t r = 0; r < group.size; ++r) {
-    const auto* of_rank = received.const_data_ptr<int64_t>() + r * (words + held);
-    if (!std::equal(mine.begin(), mine.end(), of_rank))
-      distributed::fail(kRows, "rank " + std::to_string(group.members[r]) + " sends rows " + describe(of_rank) +
-                        ", rank " + std::to_string(group.members[group.rank]) + " rows " + describe(mine.data()), group);
-  }
+  std::vector<std::string> rows_of_ranks;
+  for (int64_t r = 0; r < group.size; ++r)
+    rows_of_ranks.push_back(describe(received.const_data_ptr<int64_t>() + r * (words + held)));
+  distributed::check_texts(kRows, rows_of_ranks, group);
   return received.narrow(1, words, held).contiguous();
 }
 
@@ -191,7 +211,9 @@ at::Tensor exchange_rows(const at::Tensor& rows, const std::vector<int64_t>& sen
 }
 
 at::Tensor sum_over(const at::Tensor& x, const Group& group) {
-  return group.size == 1 ? x : SumOver::apply(x, group);
+  if (group.size == 1) return x;
+  check_shapes(kSum, x, /*lengths_differ=*/false, group);
+  return SumOver::apply(x, group);
 }
 
 at::Tensor gather_over(const at::Tensor& x, const Group& group, std::vector<int64_t>* lengths) {
@@ -200,9 +222,9 @@ at::Tensor gather_over(const at::Tensor& x, const Group& group, std::vector<int6
   std::vector<int64_t> counts{x.size(0)};
   at::Tensor all = x.detach();
   if (group.size > 1) {
-    const auto count = at::full({1}, x.size(0), x.options().dtype(at::kLong));
-    const auto of_ranks = distributed::all_gather(kGather, count, group).to(at::kCPU);
-    counts.assign(of_ranks.const_data_ptr<int64_t>(), of_ranks.const_data_ptr<int64_t>() + group.size);
+    const auto shapes = check_shapes(kGather, x, /*lengths_differ=*/true, group);
+    counts.clear();
+    for (int64_t r = 0; r < group.size; ++r) counts.push_back(shapes[r * kShapeNumbers + 2]);
     // Each rank sends all of its rows to every rank.
     std::vector<at::Tensor> copies(group.size, all);
     all = distributed::all_to_all(kGather, at::cat(copies), counts, std::vector<int64_t>(group.size, x.size(0)), group);

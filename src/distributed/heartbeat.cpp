@@ -1,12 +1,15 @@
 // The heartbeat's thread, and what silence, leaves and findings of other ranks tell.
 #include "distributed/heartbeat.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <condition_variable>
+#include <csignal>
 #include <cstdio>
-#include <map>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace turnout::distributed {
@@ -80,10 +83,10 @@ struct Peer {
 struct Heartbeat::Shared {
   std::mutex mutex;
   std::condition_variable changed;  // both ways: a beat was made, or one is wanted at once
-  c10::intrusive_ptr<c10d::Store> store;
   int64_t rank = 0;
   milliseconds timeout{}, interval{};
   std::string holder;
+  std::function<bool()> over;
 
   const char* operation = nullptr;
   int64_t operations = 0;
@@ -116,17 +119,20 @@ struct Heartbeat::Shared {
       if (!peer.finding.empty()) return peer.finding;
     std::string silent, gone;
     for (const Peer& peer : peers) {
-      const std::string during = " (last sign " + seconds_text(Clock::now() - peer.heard) + " ago, during: " +
-                                 peer.operation + ")";
+      const std::string during = peer.beat.empty() ? " (last sign: none yet)"
+                                                   : " (last sign " + seconds_text(Clock::now() - peer.heard) +
+                                                         " ago, during: " + peer.operation + ")";
       if (peer.silent(silence())) silent.append(silent.empty() ? "" : ", ").append(rank_text(peer.rank)).append(during);
       if (peer.left) gone.append(gone.empty() ? "" : ", ").append(rank_text(peer.rank));
     }
     if (!silent.empty()) return silent + " no longer answers";
-    if (!store_error.empty()) return holder + ", which holds the store, is lost";
-    if (Clock::now() - last_beat > silence()) return holder + ", which holds the store, no longer answers";
+    if (!store_error.empty()) return holder_lost();
+    if (Clock::now() - last_beat > silence()) return holder + " no longer answers";
     if (!gone.empty() && may_have_left) return gone + " left the run";
     return "";
   }
+
+  std::string holder_lost() const { return holder + " is lost"; }
 
   std::string no_cause() const {
     std::string text = "every rank still answers: this one did its operation " + std::to_string(operations);
@@ -138,12 +144,25 @@ struct Heartbeat::Shared {
 
 namespace {
 
+// A connection of the thread's own. Every rank's key is there from now on: reading one that is not would wait for it.
+c10::intrusive_ptr<c10d::Store> connect(const c10::intrusive_ptr<c10d::Store>& store,
+                                        const std::vector<std::string>& keys) {
+  auto own = store->clone();
+  for (const auto& key : keys) own->compareSet(key, std::string(), std::string());
+  return own;
+}
+
 template <class Shared>
-void beat_until_stopped(const std::shared_ptr<Shared>& shared) {
+void beat_until_stopped(const std::shared_ptr<Shared>& shared, c10::intrusive_ptr<c10d::Store> given) {
+  sigset_t pipe;  // writing to a store that is gone must not end the process
+  sigemptyset(&pipe);
+  sigaddset(&pipe, SIGPIPE);
+  pthread_sigmask(SIG_BLOCK, &pipe, nullptr);
   std::vector<std::string> keys;
   for (const Peer& peer : shared->peers) keys.push_back(key_of(peer.rank));
+  c10::intrusive_ptr<c10d::Store> store;
   std::unique_lock lock(shared->mutex);
-  while (true) {
+  while (!shared->over || !(shared->stop || shared->over())) {
     const std::string own = shared->own_beat();
     shared->hurry = false;
     const bool last = shared->stop, leaving = shared->leaving;
@@ -151,8 +170,9 @@ void beat_until_stopped(const std::shared_ptr<Shared>& shared) {
     std::vector<std::vector<uint8_t>> heard;
     std::string error;
     try {
-      shared->store->set(key_of(shared->rank), own);
-      if (!last && !keys.empty()) heard = shared->store->multiGet(keys);
+      if (given) store = connect(std::exchange(given, {}), keys);
+      store->set(key_of(shared->rank), own);
+      if (!last && !keys.empty()) heard = store->multiGet(keys);
     } catch (const std::exception& problem) {
       error = problem.what();
     }
@@ -174,17 +194,19 @@ void beat_until_stopped(const std::shared_ptr<Shared>& shared) {
 
 }  // namespace
 
-Heartbeat::Heartbeat(c10::intrusive_ptr<c10d::Store> store, int64_t rank, int64_t size, milliseconds timeout,
-                     std::string holder)
+Heartbeat::Heartbeat(c10::intrusive_ptr<c10d::Store> store, int64_t rank, const std::vector<int64_t>& ranks,
+                     milliseconds timeout, std::string holder, std::function<bool()> over)
     : shared_(std::make_shared<Shared>()) {
-  shared_->store = std::move(store);
   shared_->rank = rank;
   shared_->timeout = timeout;
   shared_->interval = std::clamp(timeout / 40, milliseconds(50), milliseconds(1000));
   shared_->holder = std::move(holder);
-  for (int64_t peer = 0; peer < size; ++peer)
+  shared_->over = std::move(over);
+  for (const int64_t peer : ranks)
     if (peer != rank) shared_->peers.push_back({peer});
-  thread_ = std::thread([shared = shared_] { beat_until_stopped(shared); });
+  thread_ = std::thread([shared = shared_, given = std::move(store)]() mutable {
+    beat_until_stopped(shared, std::move(given));
+  });
 }
 
 Heartbeat::~Heartbeat() {
@@ -229,6 +251,11 @@ std::string Heartbeat::lost() const {
   return shared_->cause(/*may_have_left=*/true);
 }
 
+std::string Heartbeat::holder_lost() const {
+  const std::lock_guard lock(shared_->mutex);
+  return shared_->over || shared_->store_error.empty() ? "" : shared_->holder_lost();
+}
+
 void Heartbeat::report(const std::string& finding) {
   std::unique_lock lock(shared_->mutex);
   shared_->failed = true;
@@ -256,31 +283,6 @@ void Heartbeat::leave(bool holds_store, bool unwinding) {
               return p.silent(s.silence()) || (holds_store ? p.ended : p.left);  // nobody may miss the store
             }));
   });
-}
-
-namespace {
-
-std::mutex registry_mutex;
-
-std::map<std::string, std::weak_ptr<Heartbeat>>& registry() {
-  static std::map<std::string, std::weak_ptr<Heartbeat>> heartbeats;
-  return heartbeats;
-}
-
-}  // namespace
-
-std::shared_ptr<Heartbeat> heartbeat_of(const std::string& group) {
-  const std::lock_guard lock(registry_mutex);
-  const auto found = registry().find(group);
-  return found == registry().end() ? nullptr : found->second.lock();
-}
-
-void set_heartbeat(const std::string& group, const std::shared_ptr<Heartbeat>& heartbeat) {
-  const std::lock_guard lock(registry_mutex);
-  if (heartbeat)
-    registry()[group] = heartbeat;
-  else
-    registry().erase(group);
 }
 
 }  // namespace turnout::distributed

@@ -5,9 +5,11 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <thread>
+#include <vector>
 
 namespace turnout::distributed {
 
@@ -15,10 +17,13 @@ namespace turnout::distributed {
 /// hangs a caller.
 class Heartbeat {
  public:
-  /// @param store a connection of its own
-  /// @param holder who holds the store, in words
-  Heartbeat(c10::intrusive_ptr<c10d::Store> store, int64_t rank, int64_t size, std::chrono::milliseconds timeout,
-            std::string holder);
+  /// @param store where the beats are written, over a connection that the thread makes for itself
+  /// @param ranks that have a heartbeat there, this one among them, as messages call them
+  /// @param holder of the store, in words that "is lost" follows
+  /// @param over tells that the ranks need it no more; where it is given, the thread then ends without a last beat, and
+  ///        so it does when the process ends: the store may be gone already
+  Heartbeat(c10::intrusive_ptr<c10d::Store> store, int64_t rank, const std::vector<int64_t>& ranks,
+            std::chrono::milliseconds timeout, std::string holder, std::function<bool()> over = {});
   ~Heartbeat();
   Heartbeat(const Heartbeat&) = delete;
   Heartbeat& operator=(const Heartbeat&) = delete;
@@ -33,6 +38,10 @@ class Heartbeat {
   /// Who is known to be lost, or to have left, now; empty where nobody is.
   std::string lost() const;
 
+  /// The holder of the store, which no rank of a run may outlive, where it is known to be lost. A launcher that was killed
+  /// may be started anew, so its ranks must end. Always empty where the constructor was given `over`.
+  std::string holder_lost() const;
+
   /// This rank found the cause itself: told to the others.
   void report(const std::string& finding);
 
@@ -46,9 +55,5 @@ class Heartbeat {
   std::shared_ptr<Shared> shared_;
   std::thread thread_;
 };
-
-/// The heartbeat that watches over a group, by the group's name; nullptr where there is none.
-std::shared_ptr<Heartbeat> heartbeat_of(const std::string& group);
-void set_heartbeat(const std::string& group, const std::shared_ptr<Heartbeat>& heartbeat);
 
 }  // namespace turnout::distributed

@@ -2,9 +2,10 @@
 #include <turnout/world.h>
 
 #include "distributed/address.h"
+#include "distributed/difference.h"
 #include "distributed/gloo.h"
-#include "distributed/heartbeat.h"
 #include "distributed/nccl.h"
+#include "distributed/watch.h"
 
 #include "../ops/checks.h"
 
@@ -19,7 +20,6 @@
 #include <csignal>
 #include <cstdlib>
 #include <exception>
-#include <map>
 #include <numeric>
 #include <sstream>
 #include <thread>
@@ -42,8 +42,6 @@ std::string join(const std::vector<int64_t>& numbers) {
   for (const auto number : numbers) text.append(text.empty() ? "" : ", ").append(std::to_string(number));
   return text;
 }
-
-std::string ranks_text(const std::vector<int64_t>& ranks) { return (ranks.size() == 1 ? "rank " : "ranks ") + join(ranks); }
 
 const char* variable(const char* name) {
   const char* value = std::getenv(name);
@@ -140,7 +138,7 @@ std::vector<std::string> meet(c10d::Store& store, const WorldOptions& options, c
       if (store.check(keys)) break;
       if (!lost.empty()) fail(lost);
       if (std::chrono::steady_clock::now() > deadline)
-        fail(ranks_text(missing_of(store, keys)) + " of " + std::to_string(options.size) + " did not come within " +
+        fail(distributed::ranks_text(missing_of(store, keys)) + " of " + std::to_string(options.size) + " did not come within " +
              seconds_text(options.timeout));
       std::this_thread::sleep_for(milliseconds(10));
     }
@@ -151,35 +149,6 @@ std::vector<std::string> meet(c10d::Store& store, const WorldOptions& options, c
     fail(holder_text(options) + ", which holds the store, is lost");
   }
   return values;
-}
-
-std::vector<std::string> lines_of(const std::string& text) {
-  std::vector<std::string> lines;
-  std::istringstream stream(text);
-  for (std::string line; std::getline(stream, line);) lines.push_back(std::move(line));
-  return lines;
-}
-
-// The first line in which the texts differ, and who holds which; empty when all are equal.
-std::string difference(const std::vector<std::string>& texts) {
-  std::vector<std::vector<std::string>> of_rank;
-  size_t most = 0;
-  for (const auto& text : texts) {
-    of_rank.push_back(lines_of(text));
-    most = std::max(most, of_rank.back().size());
-  }
-  for (size_t line = 0; line < most; ++line) {
-    std::map<std::string, std::vector<int64_t>> holders;
-    for (size_t rank = 0; rank < of_rank.size(); ++rank)
-      holders[line < of_rank[rank].size() ? of_rank[rank][line] : "no such line"].push_back(static_cast<int64_t>(rank));
-    if (holders.size() == 1) continue;
-    std::string found;
-    for (const auto& [text, ranks] : holders)
-      found.append(found.empty() ? "" : ", ").append(ranks_text(ranks)).append(ranks.size() == 1 ? " has " : " have ")
-          .append(text.substr(text.find_first_not_of(' ') == std::string::npos ? 0 : text.find_first_not_of(' ')));
-    return found;
-  }
-  return "";
 }
 
 }  // namespace
@@ -214,8 +183,12 @@ Group find_group(const std::string& name) {
     TORCH_CHECK_VALUE(false, "turnout: group is '", name, "', expected the name of a process group that was made here");
   }
   Group group{name, found->getRank(), found->getSize(), {}};
-  group.members.resize(group.size);
-  std::iota(group.members.begin(), group.members.end(), 0);
+  const auto made_with = distributed::options_of(*found);
+  if (made_with) group.members.assign(made_with->global_ranks_in_group.begin(), made_with->global_ranks_in_group.end());
+  if (static_cast<int64_t>(group.members.size()) != group.size) {  // not told: torch does so for all ranks
+    group.members.resize(group.size);
+    std::iota(group.members.begin(), group.members.end(), 0);
+  }
   return group;
 }
 
@@ -240,10 +213,10 @@ World::World(WorldOptions given) : options(std::move(given)), state_(std::make_u
   const bool hold = options.rank == 0 && !options.launcher_holds_store;
   state_->store = connect(options, hold);
   meet(*state_->store, options, "beat/", "", "the meeting of the ranks", nullptr);
-  state_->heartbeat = std::make_shared<distributed::Heartbeat>(connect(options, false), options.rank, options.size,
-                                                               options.timeout, holder_text(options));
   std::vector<int64_t> everyone(options.size);
   std::iota(everyone.begin(), everyone.end(), 0);
+  state_->heartbeat = std::make_shared<distributed::Heartbeat>(
+      state_->store, options.rank, everyone, options.timeout, holder_text(options) + ", which holds the store,");
   state_->all = group("all", everyone);
 }
 
@@ -252,7 +225,7 @@ World::~World() {
   if (!s.heartbeat) return;
   s.heartbeat->leave(options.rank == 0 && !options.launcher_holds_store, std::uncaught_exceptions() > s.exceptions);
   for (auto& [name, group] : s.groups) {
-    distributed::set_heartbeat(name, nullptr);
+    distributed::forget_heartbeat(name);
     c10d::unregister_process_group(name);
   }
 }
@@ -289,7 +262,7 @@ Group World::group(const std::string& name, const std::vector<int64_t>& members)
   process_group->setDefaultBackend(c10d::ProcessGroup::BackendType::GLOO);
   process_group->setGroupName(group.name);
   c10d::register_process_group(group.name, process_group);
-  distributed::set_heartbeat(group.name, state_->heartbeat);
+  distributed::set_heartbeat(process_group, state_->heartbeat);
   state_->groups.emplace_back(group.name, std::move(process_group));
   return group;
 }
@@ -298,7 +271,7 @@ void World::check_same(const std::string& what, const std::string& text) {
   if (options.size == 1) return;
   const auto texts = meet(*state_->store, options, "same/" + std::to_string(state_->comparisons++) + "/",
                           what + "\n" + text, "comparison of " + what, state_->heartbeat.get());
-  const std::string found = difference(texts);
+  const std::string found = distributed::difference(texts, state_->all.members);
   if (found.empty()) return;
   const std::string finding = "the ranks differ in " + what + ": " + found;
   state_->heartbeat->report(finding);

@@ -30,6 +30,10 @@ void average(const std::vector<at::Tensor>& gradients, const Group& group, int64
 
 // In buckets of one type, so that a few messages do and memory stays bounded.
 void average_all(const std::vector<at::Tensor>& gradients, const Group& group, int64_t ranks) {
+  int64_t all_numbers = 0, bytes = 0;
+  for (const auto& gradient : gradients) all_numbers += gradient.numel(), bytes += static_cast<int64_t>(gradient.nbytes());
+  distributed::check_alike(kOperation, {{"parameters", static_cast<int64_t>(gradients.size())},
+                                        {"numbers in its parameters", all_numbers}, {"bytes", bytes}}, group);
   std::vector<at::Tensor> bucket;
   int64_t numbers = 0;
   for (const auto& gradient : gradients) {

@@ -2,7 +2,6 @@
 #include <turnout/expert_parallel.h>
 
 #include "../distributed/collectives.h"
-#include "../distributed/heartbeat.h"
 #include "../ops/checks.h"
 #include "run_on_ranks.h"
 
@@ -65,15 +64,13 @@ at::Tensor ExpertParallelImpl::forward_beside(const at::Tensor& x, const at::Ten
 
 namespace {
 
-// Ranks that were given other sizes would send messages that do not fit. Groups of a World always have a backend of the
-// CPU; others are left alone here.
+// Ranks that were given other sizes would send messages that do not fit.
 void check_sizes(const ParallelLayout& layout, const FeedForwardOptions& expert, int64_t num_experts, int64_t unit,
                  int64_t top_k) {
-  if (!distributed::heartbeat_of(layout.all.name)) return;
   distributed::check_alike("making of experts",
                            {{"num_experts", num_experts}, {"experts of a group", unit}, {"top_k", top_k},
                             {"hidden", expert.hidden}, {"ffn", expert.ffn}, {"chunks", layout.chunks}},
-                           at::kCPU, layout.all);
+                           layout.all);
 }
 
 // The experts of this rank, drawn as in the whole bank; the bank itself where one rank holds all.

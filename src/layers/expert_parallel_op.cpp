@@ -61,8 +61,7 @@ at::Tensor run(const Arguments& a) {
   const ExpertWeights weights{a.lists[0].vec(), a.lists[1].vec(), a.lists[2].vec(), a.lists[3].vec()};
   const auto activation = parse_activation(std::string(a.activation));
   const auto local = [&](const std::vector<int64_t>& counts) { return run_parts(weights, activation, counts); };
-  distributed::check_alike("exchange of counts", {{"num_experts", a.num_experts}, {"chunks", a.chunks}}, a.x.device(),
-                           group);
+  distributed::check_alike("exchange of counts", {{"num_experts", a.num_experts}, {"chunks", a.chunks}}, group);
   return run_on_ranks(a.x, a.topk_weights, plan(a.topk_ids, a.num_experts), {group, bounds, a.chunks}, local, [] {});
 }
 

@@ -64,9 +64,9 @@ def be_rank(rank, folder):
         torch.testing.assert_close(layer(x[tokens], weights[tokens], up[held], down[held]), truth[tokens].detach())
 
     wrong = x[tokens] if rank == 0 else x[tokens].double()
-    with pytest.raises(RuntimeError, match="rank . sends rows"):
+    with pytest.raises(RuntimeError, match=r"rank 1 has x Double \[rows, 8\], rank 0 has x Float"):
         turnout.expert_parallel(wrong, ids[tokens], weights[tokens], up[held], down[held], num_experts=EXPERTS)
-    with pytest.raises(RuntimeError, match=f"rank {1 - rank} has chunks {2 - rank}, rank {rank} has chunks {1 + rank}"):
+    with pytest.raises(RuntimeError, match="rank 0 has chunks 1, rank 1 has chunks 2"):
         turnout.expert_parallel(x[tokens], ids[tokens], weights[tokens], up[held], down[held], num_experts=EXPERTS,
                                 chunks=1 + rank)
     with pytest.raises(RuntimeError, match="rank 1 has num_experts 2"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -16,6 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from two_hosts import ADDRESS, Unavailable, two_hosts  # noqa: E402
 
 SHARDS = "checkpoint-*/model.safetensors.index.json"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--no-python", "--standalone", "--nproc-per-node", "2"]
 
 
 def held_out(stdout):
@@ -30,8 +32,7 @@ def alone(arguments):
 
 def test_torchrun_compares_on_two_ranks_and_prints_once(tmp_path, text):
     arguments = ["compare", *TINY, "--text", text, "--tokens", TOKENS_A_STEP * 20, "--evaluations", 2]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--no-python", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, PROGRAM, *map(str, arguments), "--output", tmp_path / "two"],
+    done = subprocess.run([*TORCHRUN, PROGRAM, *map(str, arguments), "--output", tmp_path / "two"],
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Written: ") == 1 and done.stdout.count("FLOPs a token") >= 2
@@ -89,6 +90,27 @@ def test_a_killed_rank_is_named_and_the_run_resumes_on_any_number(tmp_path, text
     assert first > 5 and first % 5 == 1
     whole = alone(train(text, tmp_path / "whole", steps))
     assert abs(held_out(resumed) - held_out(whole)) < 0.05
+
+
+def test_ranks_end_when_their_launcher_is_killed_and_the_run_resumes(tmp_path, text):
+    out = tmp_path / "out"
+    arguments = [*train(text, out, 400), "--checkpoint-every", 5]
+    with open(tmp_path / "said", "w") as said:
+        launcher = subprocess.Popen([*TORCHRUN, PROGRAM, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=said,
+                                    env={**os.environ, "TURNOUT_TIMEOUT": "10"})
+    wait_for_checkpoint(out, [launcher], SHARDS)
+    ranks = subprocess.run(["pgrep", "-P", str(launcher.pid), "turnout"], capture_output=True, text=True).stdout.split()
+    launcher.kill()
+    launcher.wait()
+    killed = time.monotonic()
+    while subprocess.run(["ps", "-o", "stat=", "-p", ",".join(ranks)], capture_output=True).stdout.strip(b"Z \n"):
+        assert time.monotonic() - killed < 30
+        time.sleep(0.1)
+    lost = re.findall(r"failed: the launcher at .*, which holds the store, is lost", (tmp_path / "said").read_text())
+    assert len(ranks) == len(lost) == 2, (tmp_path / "said").read_text()
+    resumed = alone(["train", "--resume", "--output", out])
+    first = int(re.search(r"steps (\d+) to 400", resumed)[1])
+    assert first > 5 and first % 5 == 1
 
 
 def test_ctrl_c_stops_all_ranks_at_the_same_step(tmp_path, text):
