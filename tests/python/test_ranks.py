@@ -99,7 +99,7 @@ def test_ranks_end_when_their_launcher_is_killed_and_the_run_resumes(tmp_path, t
         launcher = subprocess.Popen([*TORCHRUN, PROGRAM, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=said,
                                     env={**os.environ, "TURNOUT_TIMEOUT": "10"})
     wait_for_checkpoint(out, [launcher], SHARDS)
-    ranks = subprocess.run(["pgrep", "-P", str(launcher.pid), "turnout"], capture_output=True, text=True).stdout.split()
+    ranks = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
     launcher.kill()
     launcher.wait()
     killed = time.monotonic()
